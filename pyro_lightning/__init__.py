@@ -1,6 +1,15 @@
 """Train Pyro models on mini-batches with PyTorch Lightning, and get the full-data posterior."""
 
+from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 
-__all__ = ["DataPlateMessenger", "negative_elbo"]
+__all__ = [
+    "ArrayDataModule",
+    "DataPlateMessenger",
+    "batch_weight",
+    "dataset_size_of",
+    "mean_batch_size",
+    "negative_elbo",
+]

@@ -1,0 +1,88 @@
+"""What a batch holds: its rows, and how its elements become arguments."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def _tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(batch, torch.Tensor):
+        yield path, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _tensors(value, f"{path}[{key!r}]")
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        for i, value in enumerate(batch):
+            yield from _tensors(value, f"{path}[{i}]")
+
+
+def count_rows(batch: Any) -> int:
+    """Count B, the rows of a batch: the first dimension that all its tensors share.
+
+    Tensors without dimensions are passed over.
+
+    Raises:
+        ValueError: When there is no row, or when two tensors disagree.
+
+    Example:
+        >>> count_rows((torch.zeros(3, 2), {"y": torch.zeros(3)}))
+        3
+    """
+    rows = {path: t.shape[0] for path, t in _tensors(batch, "batch") if t.dim() > 0}
+    if not rows:
+        raise ValueError(
+            f"a batch must hold a tensor with a row dimension; got {type(batch).__name__} without "
+            "any. Override num_rows(batch) if its rows are counted in another way."
+        )
+    if len(set(rows.values())) > 1:
+        sizes = ", ".join(f"{path} has {n}" for path, n in rows.items())
+        raise ValueError(
+            f"the tensors of a batch disagree on its number of rows: {sizes}. Override "
+            "num_rows(batch) if some of them are not indexed by row."
+        )
+    count = next(iter(rows.values()))
+    if count == 0:
+        raise ValueError("the batch is empty (0 rows): drop it in the sampler or the collate_fn")
+    return count
+
+
+def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn a batch into the arguments of model and guide.
+
+    A tuple or list becomes positional arguments, a mapping keywords, anything else one argument.
+
+    Example:
+        >>> batch_arguments([1, 2])
+        ((1, 2), {})
+        >>> batch_arguments({"x": 1})
+        ((), {'x': 1})
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def example_batch(loader: Any) -> Any:
+    """Take one batch as a loader would make it, in this process, without moving its sampler.
+
+    A map-style data set is asked for its first rows, so that neither the sampler's random state
+    nor the loader's workers are touched. Anything else is iterated once.
+    """
+    from torch.utils.data import DataLoader, IterableDataset
+
+    if not isinstance(loader, DataLoader):
+        return next(iter(loader))
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        alone = DataLoader(dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+        return next(iter(alone))
+    if loader.batch_sampler is None:
+        first: Any = dataset[next(iter(loader.sampler))]
+        return loader.collate_fn(first)
+    size = getattr(loader.batch_sampler, "batch_size", None) or 2
+    rows = list(getattr(loader.sampler, "indices", range(len(dataset))))[:size]  # type: ignore[arg-type]
+    fetch = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])

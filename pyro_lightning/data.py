@@ -1,0 +1,201 @@
+"""A datamodule over arrays, cutting each batch with one index operation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
+
+
+def _named(arrays: Arrays) -> dict[Any, Any]:
+    if isinstance(arrays, Mapping):
+        return dict(arrays)
+    if isinstance(arrays, tuple | list):
+        return dict(enumerate(arrays))
+    return {0: arrays}
+
+
+class ArrayDataset(Dataset[Any]):
+    """Rows of tensors, NumPy arrays or memmaps; a list of rows is one index operation.
+
+    Args:
+        arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each.
+        rows: Which rows belong to this data set; all of them by default.
+
+    Raises:
+        ValueError: When there is no array or no row, or when lengths differ.
+        TypeError: When something is not an array of numbers.
+    """
+
+    def __init__(self, arrays: Arrays, rows: np.ndarray[Any, Any] | None = None) -> None:
+        named = _named(arrays)
+        if not named:
+            raise ValueError("expected at least one array, got none")
+        for name, array in named.items():
+            if not isinstance(array, torch.Tensor | np.ndarray):
+                raise TypeError(
+                    f"array {name!r} must be a tensor or NumPy array, got {type(array).__name__}"
+                )
+            if isinstance(array, np.ndarray) and array.dtype.kind not in "biufc":
+                raise TypeError(
+                    f"array {name!r} has dtype {array.dtype}; convert it to numbers first"
+                )
+            if array.ndim == 0:
+                raise ValueError(f"array {name!r} has no row dimension")
+        lengths = {name: len(array) for name, array in named.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"arrays must have the same number of rows, got {lengths}")
+        self.arrays = arrays
+        self.rows = rows
+        self._length = next(iter(lengths.values())) if rows is None else len(rows)
+        if self._length == 0:
+            raise ValueError("the arrays have no rows")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._cut(int(index) if self.rows is None else int(self.rows[index]))
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Return a whole batch at once; torch's fetcher calls this instead of row by row."""
+        wanted = np.asarray(indices)
+        return self._cut(wanted if self.rows is None else self.rows[wanted])
+
+    def _cut(self, index: Any) -> Any:
+        def take(array: Any) -> torch.Tensor:
+            if isinstance(array, torch.Tensor):
+                return array[torch.as_tensor(index)]
+            # Fancy indexing copies the rows alone, so a memmap stays on disk.
+            return torch.as_tensor(array[index])
+
+        if isinstance(self.arrays, Mapping):
+            return {name: take(array) for name, array in self.arrays.items()}
+        if isinstance(self.arrays, tuple | list):
+            return tuple(take(array) for array in self.arrays)
+        return take(self.arrays)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class ArrayDataModule(LightningDataModule):
+    """Feeds arrays in mini-batches: every row trains unless told otherwise.
+
+    Args:
+        arrays: A tensor, NumPy array or ``numpy.memmap``, or a tuple or dict of them, with the
+            same number of rows. A memmap is never loaded whole.
+        batch_size: B, rows in a batch.
+        val_split: Fraction of the rows, in [0, 1), held out for validation.
+        test_split: Fraction of the rows, in [0, 1), held out for the test.
+        val: Arrays for validation, instead of a fraction.
+        test: Arrays for the test, instead of a fraction.
+        predict: Arrays for prediction.
+        shuffle: Whether training rows come in a new order each epoch.
+        seed: Seed of the split.
+        num_workers: Loader processes.
+        pin_memory: Whether batches are pinned; by default when a CUDA device is there.
+        drop_last: Whether a smaller last batch is left out of training.
+
+    Attributes:
+        dataset_size: N, the number of training rows.
+
+    Raises:
+        ValueError: For wrong lengths, a fraction out of range, or splits that leave nothing.
+        TypeError: For something that is not an array of numbers.
+
+    Example:
+        >>> dm = ArrayDataModule((torch.zeros(10, 2), torch.zeros(10)), batch_size=4)
+        >>> [len(y) for x, y in dm.train_dataloader()], dm.dataset_size
+        ([4, 4, 2], 10)
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        batch_size: int = 256,
+        *,
+        val_split: float = 0.0,
+        test_split: float = 0.0,
+        val: Arrays | None = None,
+        test: Arrays | None = None,
+        predict: Arrays | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        whole = ArrayDataset(arrays)
+        sizes = {}
+        for name, fraction, given in (("val", val_split, val), ("test", test_split, test)):
+            if not 0 <= fraction < 1:
+                raise ValueError(f"{name}_split must lie in [0, 1), got {fraction}")
+            if fraction and given is not None:
+                raise ValueError(f"give {name} or {name}_split, not both")
+            sizes[name] = round(fraction * len(whole))
+            if fraction and not sizes[name]:
+                raise ValueError(f"{name}_split={fraction} of {len(whole)} rows leaves nothing")
+        held_out = sum(sizes.values())
+        if held_out >= len(whole):
+            raise ValueError(f"the splits leave none of {len(whole)} rows to train on")
+        self._train, self._val, self._test = whole, self._given(val), self._given(test)
+        self._predict = self._given(predict)
+        if held_out:
+            order = np.random.default_rng(seed).permutation(len(whole))
+            self._train = ArrayDataset(arrays, np.sort(order[held_out:]))
+            if sizes["val"]:
+                self._val = ArrayDataset(arrays, np.sort(order[: sizes["val"]]))
+            if sizes["test"]:
+                self._test = ArrayDataset(arrays, np.sort(order[sizes["val"] : held_out]))
+
+    @property
+    def dataset_size(self) -> int:
+        """N, the number of training rows."""
+        return len(self._train)
+
+    @staticmethod
+    def _given(arrays: Arrays | None) -> ArrayDataset | None:
+        return None if arrays is None else ArrayDataset(arrays)
+
+    def _loader(self, dataset: ArrayDataset | None, train: bool = False) -> Any:
+        if dataset is None:
+            return []  # Lightning skips a stage whose loaders are an empty list
+        pin = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train and self.shuffle,
+            drop_last=train and self.drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=pin,
+            collate_fn=_as_is,
+        )
+
+    def train_dataloader(self) -> Any:
+        """Batches of training rows."""
+        return self._loader(self._train, train=True)
+
+    def val_dataloader(self) -> Any:
+        """Batches of validation rows, in order."""
+        return self._loader(self._val)
+
+    def test_dataloader(self) -> Any:
+        """Batches of test rows, in order."""
+        return self._loader(self._test)
+
+    def predict_dataloader(self) -> Any:
+        """Batches of rows to predict, in order."""
+        return self._loader(self._predict)

@@ -1,0 +1,108 @@
+"""N, and the mean batch size, read from a training loader."""
+
+import warnings
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+_STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
+
+
+def _row_sampler(loader: DataLoader[Any]) -> Any:
+    sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    while isinstance(inner := getattr(sampler, "sampler", None), object) and inner is not None:
+        sampler = inner  # BatchSampler and Lightning's wrappers keep the row sampler in `sampler`
+    return sampler
+
+
+def dataset_size_of(loader: Any) -> int:
+    """Read N, the number of observations in the training set, from its loader.
+
+    N is the whole set's: a rank's share of a ``DistributedSampler`` and rows that ``drop_last``
+    leaves out count; rows of the parent outside a ``Subset`` or ``SubsetRandomSampler`` do not.
+
+    Raises:
+        ValueError: When N cannot be known: an iterable data set, several loaders, no DataLoader,
+            batches made by the data set itself, or a sampler that visits another number of rows.
+
+    Example:
+        >>> dataset_size_of(DataLoader(range(10), batch_size=4, drop_last=True))
+        10
+    """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"N cannot be read from a {type(loader).__name__}; expected one DataLoader. {_STATE_IT}"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(f"N cannot be read from an iterable data set. {_STATE_IT}")
+    if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
+        raise ValueError(
+            "the loader has batch_size=None, so that an item of its data set is a batch and N "
+            f"cannot be counted. {_STATE_IT}"
+        )
+    sampler = _row_sampler(loader)
+    if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
+        warnings.warn(
+            f"{type(sampler).__name__} with weights or replacement changes how often a row is "
+            "seen: the fit is to the distribution it draws from, not to the data set.",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif isinstance(sampler, SubsetRandomSampler):
+        return len(sampler.indices)
+    elif not isinstance(
+        sampler, DistributedSampler | RandomSampler | SequentialSampler
+    ) and not hasattr(sampler, "num_replicas"):
+        visited = len(sampler) if hasattr(sampler, "__len__") else None
+        known = isinstance(loader.batch_sampler, BatchSampler)
+        if known and visited != len(loader.dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"the sampler {type(sampler).__name__} visits {visited} of "
+                f"{len(loader.dataset)} rows, so N is unclear. {_STATE_IT}"  # type: ignore[arg-type]
+            )
+    return len(loader.dataset)  # type: ignore[arg-type]
+
+
+def mean_batch_size(loader: Any, num_batches: float) -> float | None:
+    """Rows a batch holds on average over an epoch, or None where that cannot be known.
+
+    Args:
+        loader: The training loader, of one rank.
+        num_batches: M, the batches of an epoch; fewer than the loader's when it is cut short.
+
+    Example:
+        >>> mean_batch_size(DataLoader(range(101), batch_size=100), 2)
+        50.5
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    size, rows = getattr(sampler, "batch_size", None), getattr(sampler, "sampler", None)
+    if size is None or rows is None or not num_batches:
+        return None
+    # Cut short, an epoch holds full batches only; the ragged one comes last.
+    return float(min(len(rows), num_batches * size) / num_batches)
+
+
+def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:
+    r"""Weight of a batch's loss, so that every observation weighs the same over an epoch.
+
+    .. math:: w_b = B_b M / \sum_{b'=1}^{M} B_{b'}
+
+    The mean over an epoch's M steps of :math:`w_b` times the loss at scale :math:`N / B_b` is
+    then the loss of the full data; equal batches get exactly 1.
+
+    Example:
+        >>> batch_weight(100, 50.5) * 101 / 100, batch_weight(1, 50.5) * 101 / 1
+        (2.0, 2.0)
+    """
+    return 1.0 if mean_batch_size is None else batch_size / mean_batch_size
