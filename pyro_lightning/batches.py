@@ -6,15 +6,16 @@ from typing import Any
 import torch
 
 
-def _tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Walk the tensors of a batch, each with the expression that reaches it."""
     if isinstance(batch, torch.Tensor):
         yield path, batch
     elif isinstance(batch, Mapping):
         for key, value in batch.items():
-            yield from _tensors(value, f"{path}[{key!r}]")
+            yield from named_tensors(value, f"{path}[{key!r}]")
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         for i, value in enumerate(batch):
-            yield from _tensors(value, f"{path}[{i}]")
+            yield from named_tensors(value, f"{path}[{i}]")
 
 
 def count_rows(batch: Any) -> int:
@@ -29,7 +30,7 @@ def count_rows(batch: Any) -> int:
         >>> count_rows((torch.zeros(3, 2), {"y": torch.zeros(3)}))
         3
     """
-    rows = {path: t.shape[0] for path, t in _tensors(batch, "batch") if t.dim() > 0}
+    rows = {path: t.shape[0] for path, t in named_tensors(batch, "batch") if t.dim() > 0}
     if not rows:
         raise ValueError(
             f"a batch must hold a tensor with a row dimension; got {type(batch).__name__} without "
@@ -86,3 +87,24 @@ def example_batch(loader: Any) -> Any:
     rows = list(getattr(loader.sampler, "indices", range(len(dataset))))[:size]  # type: ignore[arg-type]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
+
+
+def first_rows(batch: Any, count: int) -> Any:
+    """Cut the first rows of every tensor that is indexed by row; leave everything else.
+
+    Example:
+        >>> first_rows((torch.zeros(5, 2), "unit"), 2)[0].shape
+        torch.Size([2, 2])
+    """
+    rows = count_rows(batch)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[:count].clone() if value.dim() and len(value) == rows else value
+        if isinstance(value, Mapping):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(map(cut, value)) if not hasattr(value, "_fields") else value
+        return value
+
+    return cut(batch)

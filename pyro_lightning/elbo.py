@@ -1,12 +1,21 @@
 """The loss: the negative ELBO of the whole training set, estimated from one batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO
 
+from pyro_lightning.diagnosis import non_finite_report
 from pyro_lightning.handlers import DataPlateMessenger
+
+
+class Estimate(NamedTuple):
+    """An estimate of the negative ELBO, and the sites that ran to make it."""
+
+    loss: torch.Tensor
+    model_sites: list[Any]
+    guide_sites: list[Any]
 
 
 def negative_elbo(
@@ -18,6 +27,7 @@ def negative_elbo(
     *,
     plates: Mapping[str, int],
     batch_size: int,
+    scale_sites: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     r"""Estimate the negative ELBO of N observations from B of them, as a sum in nats.
 
@@ -30,11 +40,17 @@ def negative_elbo(
         guide: The guide.
         args: Positional arguments of both.
         kwargs: Keyword arguments of both.
-        plates: Size N of each data plate, by name; empty to scale nothing.
+        plates: Size N of each data plate, by name; with ``scale_sites`` empty too, nothing is
+            scaled.
         batch_size: B.
+        scale_sites: Size N of each site that is scaled though it stands in no data plate, by name.
+
+    Returns:
+        A scalar tensor; differentiable where gradients are enabled.
 
     Raises:
-        ValueError: When no observed site of the model stands in a data plate.
+        ValueError: When no observed site of the model stands in a data plate, or when the loss is
+            not finite.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -45,13 +61,74 @@ def negative_elbo(
         ...                      (torch.zeros(2),), {}, plates={"data": 10}, batch_size=2)
         >>> round(float(loss), 3)  # 10 * log(2 * pi) / 2
         9.189
+
+    Source: Hoffman et al. 2013, "Stochastic variational inference", section 2.
     """
-    handler = DataPlateMessenger(plates, batch_size)
-    scaled_model, scaled_guide = handler(model), DataPlateMessenger(plates, batch_size)(guide)
-    loss: torch.Tensor = elbo.differentiable_loss(scaled_model, scaled_guide, *args, **kwargs)
-    if plates and not handler.scaled_observations:
-        raise ValueError(
-            f"no observed site of the model stands in a data plate ({', '.join(plates)}). Put the "
-            "likelihood inside `with pyro.plate('data', len(x)):`, or name your plate."
+    return estimate_elbo(
+        elbo,
+        model,
+        guide,
+        args,
+        kwargs,
+        plates=plates,
+        batch_size=batch_size,
+        scale_sites=scale_sites,
+    ).loss
+
+
+def estimate_elbo(
+    elbo: ELBO,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    plates: Mapping[str, int],
+    batch_size: int,
+    scale_sites: Mapping[str, int] | None = None,
+) -> Estimate:
+    """Do what :func:`negative_elbo` does, and return the sites that ran as well."""
+    in_model = DataPlateMessenger(plates, batch_size, scale_sites)
+    in_guide = DataPlateMessenger(plates, batch_size, scale_sites)
+    try:
+        loss = _run(elbo, in_model(model), in_guide(guide), args, kwargs)
+    except ValueError as error:
+        # Pyro's validation meets a NaN before a loss exists; it knows neither rows nor, where a
+        # distribution is made, the site.
+        report = non_finite_report((args, kwargs), in_guide.sites + in_model.sites, plates)
+        if report:
+            raise ValueError(f"the loss cannot be computed: {report}") from error
+        raise
+    if not torch.isfinite(loss):
+        sites = in_guide.sites + in_model.sites
+        report = non_finite_report((args, kwargs), sites, plates) or (
+            "every site's log-probability is finite, so it is their scaled sum that overflows"
         )
-    return loss
+        raise ValueError(f"the loss is {float(loss)}: {report}")
+    if (plates or scale_sites) and not in_model.scaled_observations:
+        _refuse_unscaled(in_model, plates, scale_sites or {})
+    return Estimate(loss, in_model.sites, in_guide.sites)
+
+
+def _run(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return torch.as_tensor(elbo.differentiable_loss(model, guide, *args, **kwargs))
+    # TraceEnum_ELBO.differentiable_loss refuses to run without gradients; `loss` is the same sum.
+    return torch.as_tensor(elbo.loss(model, guide, *args, **kwargs))
+
+
+def _refuse_unscaled(
+    handler: DataPlateMessenger, plates: Mapping[str, int], scale_sites: Mapping[str, int]
+) -> None:
+    names = sorted({site["name"] for site in handler.sites if site["is_observed"]})
+    met = sorted({f.name for site in handler.sites for f in site["cond_indep_stack"]})
+    sought = f"data plate ({', '.join(map(repr, plates))})" if plates else "scale_sites"
+    if scale_sites:
+        sought += f" or is one of {', '.join(map(repr, scale_sites))}"
+    raise ValueError(
+        f"no observed site of the model stands in the {sought}, so nothing would be scaled by N/B "
+        f"and the prior would count N/B times too much. Observed sites: {names or 'none'}; plates "
+        f"met: {met or 'none'}. Put the likelihood inside `with pyro.plate('data', len(x)):`, name "
+        "your plate by data_plate=..., name the sites by scale_sites=(...), or say data_plate=None "
+        "if the model scales itself or has local latents only."
+    )

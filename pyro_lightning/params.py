@@ -1,7 +1,7 @@
 """Parameters that belong to the module, never to Pyro's global store."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,22 +39,27 @@ class ParamStoreModule(nn.Module):
     Names may hold dots, which ``state_dict`` does not allow in one name: they become ``|``.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._constraints: dict[str, Any] = {}
+    def get(
+        self, name: str, init: Any, constraint: Any, owned: Callable[[nn.Parameter], bool]
+    ) -> torch.Tensor:
+        """Return the constrained value, making the parameter at its first statement.
 
-    def get(self, name: str, init: Any, constraint: Any) -> torch.Tensor:
-        """Return the constrained value, making the parameter at its first statement."""
+        ``owned`` tells whether a parameter that ``pyro.module`` hands over trains already.
+        """
         key = name.replace(".", "|")
         if key not in self._parameters:
             if init is None:
-                raise RuntimeError(f"pyro.param('{name}') has no initial value at its first use")
+                raise RuntimeError(
+                    f"pyro.param('{name}') has no initial value at its first statement: give it "
+                    "one there; parameters of other modules or of Pyro's store are not visible."
+                )
+            if isinstance(init, nn.Parameter) and owned(init):
+                return init
             self._parameters[key] = self._make(init, constraint)
-        self._constraints[key] = constraint
         unconstrained = self._parameters[key]
         assert unconstrained is not None
         value: torch.Tensor = transform_to(constraint)(unconstrained)
-        # A module's own parameter is its own value: the reference would be to itself, as in Pyro.
+        # As in Pyro, a value leads to its parameter; it may be that very tensor.
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
 
@@ -67,13 +72,25 @@ class ParamStoreModule(nn.Module):
                 return value
             return nn.Parameter(transform_to(constraint).inv(value.detach()).clone())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled.
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
 
 class LocalParamMessenger(Messenger):
-    """Answers ``pyro.param`` statements from a :class:`ParamStoreModule`."""
+    """Answers ``pyro.param`` statements from a :class:`ParamStoreModule`.
 
-    def __init__(self, store: ParamStoreModule) -> None:
+    Args:
+        store: Where the parameters live.
+        owned: Whether a parameter is trained already, by another name.
+    """
+
+    def __init__(self, store: ParamStoreModule, owned: Callable[[nn.Parameter], bool]) -> None:
         super().__init__()
         self.store = store
+        self.owned = owned
 
     def _pyro_param(self, msg: Any) -> None:
         # PyroModules announce their own parameters by a stand-in function; only a bare statement
@@ -83,7 +100,7 @@ class LocalParamMessenger(Messenger):
         name, *rest = msg["args"]
         init = rest[0] if rest else msg["kwargs"].get("init_tensor")
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        msg["value"] = self.store.get(name, init, constraint)
+        msg["value"] = self.store.get(name, init, constraint, self.owned)
         msg["done"] = True
 
 

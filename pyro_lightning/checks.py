@@ -1,0 +1,110 @@
+"""Refusals: what cannot give the right posterior is an error before the first step."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pyro.infer import (
+    ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    trace_elbo,
+    trace_mean_field_elbo,
+    traceenum_elbo,
+)
+from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
+from pyro.optim import PyroOptim
+from torch import nn
+
+from pyro_lightning.params import untracked_leaves
+
+_SERVED = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
+_JIT = (
+    trace_elbo.JitTrace_ELBO,
+    trace_mean_field_elbo.JitTraceMeanField_ELBO,
+    traceenum_elbo.JitTraceEnum_ELBO,
+)
+
+
+def check_elbo(elbo: Any) -> None:
+    """Refuse an ELBO whose loss is not the scaled negative ELBO.
+
+    Raises:
+        TypeError: Naming the ELBOs that are served.
+    """
+    served = ", ".join(cls.__name__ for cls in _SERVED)
+    if isinstance(elbo, type) and issubclass(elbo, ELBO):
+        raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
+    if isinstance(elbo, _JIT):
+        raise TypeError(
+            f"{type(elbo).__name__} does not support module-local parameters in Pyro: use "
+            f"{type(elbo).__name__.removeprefix('Jit')}()"
+        )
+    if not isinstance(elbo, _SERVED) or isinstance(elbo, TraceTailAdaptive_ELBO):
+        raise TypeError(
+            f"elbo must be one of {served}, whose loss under N/B is the negative ELBO of the "
+            f"training set; got {type(elbo).__name__}"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no callable from parameters to a torch optimizer.
+
+    Raises:
+        TypeError: Saying what to write instead.
+    """
+    if isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            "optimizer is one of pyro.optim; expected a callable from parameters to a torch "
+            "optimizer: functools.partial(torch.optim.Adam, lr=1e-2)"
+        )
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; expected a callable from parameters to a "
+            "torch optimizer, since the guide's parameters do not exist yet: "
+            "functools.partial(torch.optim.Adam, lr=1e-2)"
+        )
+
+
+def check_scales(model_sites: Iterable[Any], guide_sites: Iterable[Any]) -> None:
+    """Check that model and guide scale each latent site alike.
+
+    Raises:
+        ValueError: Naming the site, both scales and both stacks of plates. A guide plate of
+            another name than the model's gives a wrong ELBO without an error in Pyro.
+    """
+    in_guide = {s["name"]: s for s in guide_sites if not s["is_observed"]}
+    for site in model_sites:
+        other = in_guide.get(site["name"])
+        if other is None or site["is_observed"]:
+            continue
+        ours, theirs = (torch.as_tensor(s["scale"], dtype=torch.float64) for s in (site, other))
+        if not torch.allclose(ours.cpu(), theirs.cpu()):
+            plates = [
+                [f"'{f.name}' of size {f.size}" for f in s["cond_indep_stack"]] or "no plate"
+                for s in (site, other)
+            ]
+            raise ValueError(
+                f"latent site '{site['name']}' has scale {float(ours.max()):g} in the model (in "
+                f"{plates[0]}) but {float(theirs.max()):g} in the guide (in {plates[1]}): its two "
+                "terms of the ELBO would not cancel. Give the guide the model's plates, by the "
+                "same names and with the rows of the batch."
+            )
+
+
+def check_leaves(loss: torch.Tensor, module: nn.Module) -> None:
+    """Check that everything that the loss could train is a parameter of the module.
+
+    Raises:
+        ValueError: Listing the shapes of the trainable tensors that would never move.
+    """
+    lost = untracked_leaves(loss, module)
+    if lost:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in lost)
+        raise ValueError(
+            f"the loss depends on {len(lost)} trainable tensor(s) of shape {shapes} that are no "
+            "parameters of this module and would never train; a network used inside a function is "
+            "one. Register it there by pyro.module('net', net), or make the model an nn.Module "
+            "that owns it."
+        )

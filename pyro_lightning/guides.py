@@ -1,0 +1,107 @@
+"""What Pyro's autoguides need before they serve a model on mini-batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.poutine.guide import GuideMessenger
+from torch import nn
+
+from pyro_lightning.devices import on_device
+
+
+def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the guide: a class, or a ``functools.partial`` of one, is called with the model.
+
+    Raises:
+        TypeError: For something that is no guide, and for Pyro's messenger guides.
+    """
+    factory = guide.func if isinstance(guide, partial) else guide
+    made = guide(model) if isinstance(factory, type) else guide
+    if isinstance(made, GuideMessenger):
+        raise TypeError(
+            f"{type(made).__name__} re-runs the model inside the guide and does not support "
+            "module-local parameters in Pyro. Use AutoNormal or AutoMultivariateNormal."
+        )
+    if not callable(made):
+        raise TypeError(
+            "guide must be an autoguide class, a functools.partial of one, a guide instance or a "
+            f"guide function; got {type(made).__name__}"
+        )
+    return made  # type: ignore[no-any-return]
+
+
+def parts_of(guide: Any) -> list[Any]:
+    """List the autoguides within a guide, itself included."""
+    if not isinstance(guide, nn.Module):
+        return []
+    return [part for part in guide.modules() if isinstance(part, AutoGuide)]
+
+
+@contextmanager
+def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]:
+    """Let the autoguides within a guide read the model's structure under our handlers.
+
+    An autoguide runs its prototype under ``poutine.block``, where handlers around the guide are
+    not seen; the model in its hands must carry them itself. It is given back afterwards.
+    """
+    parts = parts_of(guide)
+    raw = [part._model for part in parts]
+    for part, model in zip(parts, raw, strict=True):
+        if model is not None:
+            part._model = (handled(model[0]),)
+    try:
+        yield
+    finally:
+        for part, model in zip(parts, raw, strict=True):
+            part._model = model
+
+
+def refuse_local_latents(guide: Any, plates: Iterable[str]) -> None:
+    """Refuse an autoguide with latents in the data plate.
+
+    Raises:
+        ValueError: Naming sites and plate. Such a guide has one set of parameters for each row of
+            its first batch, and would fit whatever rows later batches hold to them.
+    """
+    plates = set(plates)
+    for part in parts_of(guide):
+        if isinstance(part, AutoGuideList | AutoCallable) or part.prototype_trace is None:
+            continue
+        for name, site in part.prototype_trace.iter_stochastic_nodes():
+            inside = [f.name for f in site["cond_indep_stack"] if f.name in plates]
+            if inside:
+                raise ValueError(
+                    f"latent site '{name}' stands in the data plate '{inside[0]}', and "
+                    f"{type(part).__name__} would keep one set of parameters for each row of its "
+                    "first batch and mix up the rows of every other. Write an amortised guide: a "
+                    f"function of the batch with `pyro.sample('{name}', ...)` inside "
+                    f"`pyro.plate('{inside[0]}', len(x))`, its parameters computed from the row by "
+                    "a network (AutoGuideList joins it to an autoguide of the global latents)."
+                )
+
+
+@contextmanager
+def without_back_references(guide_roots: nn.Module) -> Iterator[dict[int, Any]]:
+    """Put back what copying an autoguide takes from the live one: its model and its master.
+
+    ``AutoGuide.__getstate__`` sets both to None on the object that is copied.
+    """
+    parts = parts_of(guide_roots)
+    saved = {id(part): (part._model, part.master) for part in parts}
+    try:
+        yield {key: model for key, (model, _) in saved.items()}
+    finally:
+        for part in parts:
+            part._model, part.master = saved[id(part)]
+
+
+def move_prototypes_(guide: Any, device: torch.device) -> None:
+    """Move the distributions that an autoguide remembers, whose supports hold tensors."""
+    for part in parts_of(guide):
+        if part.prototype_trace is not None:
+            for _, site in part.prototype_trace.iter_stochastic_nodes():
+                site["fn"] = on_device(site["fn"], device)

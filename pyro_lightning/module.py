@@ -1,0 +1,365 @@
+"""The LightningModule that owns model, guide and ELBO."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+from pyro_lightning.batches import batch_arguments, count_rows, example_batch, first_rows
+from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
+from pyro_lightning.elbo import Estimate, estimate_elbo
+from pyro_lightning.guides import prototype_model, refuse_local_latents
+from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.owner import ModelOwner
+from pyro_lightning.params import isolate_
+from pyro_lightning.posterior import draws_at_once, sample_globals
+from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
+from pyro_lightning.states import preserved_state
+
+_STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
+
+
+class PyroSVIModule(LightningModule, ModelOwner):
+    r"""Trains a Pyro model on mini-batches by stochastic variational inference.
+
+    The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
+    ELBO of the whole training set (a sum over its N observations, not a mean):
+
+    .. math:: -\Big[\log p(\theta) - \log q(\theta) + \frac{N}{B} \sum_{i=1}^{B}
+        \log p(x_i, z_i \mid \theta) - \log q(z_i \mid \theta)\Big]
+
+    Only terms inside the data plate are scaled by N/B. N is read from the training data, B from
+    each batch.
+
+    There are two forms. Either pass ``model`` (and ``guide``), or subclass and define
+    ``model(self, *batch)`` and, if you wish, ``guide(self, *batch)`` as methods; the subclass may
+    own ``nn.Module``, ``PyroParam`` and ``PyroSample`` attributes, which all train.
+
+    Args:
+        model: An ``nn.Module``, ``PyroModule`` or function that takes a batch's elements.
+        guide: An autoguide class or ``functools.partial`` of one (called with the model), a guide
+            instance, or a guide function.
+        elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
+        optimizer: A callable from parameters to a torch optimizer; Adam at 1e-2 by default.
+        lr_scheduler: A callable from the optimizer to a scheduler, or to Lightning's dict of one.
+        data_plate: Name, or names, of the plate over observations. None scales nothing: for a
+            model that scales itself by :meth:`scale_factor`, or has local latents only.
+        scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
+        dataset_size: N, where it cannot or should not be read from the training data.
+
+    Raises:
+        TypeError: When an argument is of a kind that cannot serve.
+        ValueError: When model or guide is missing or given twice.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
+        >>> svi = PyroSVIModule(model, dataset_size=1000)
+        >>> svi.loss(torch.zeros(100)).shape
+        torch.Size([])
+        >>> svi.posterior_samples(50)["mu"].shape
+        torch.Size([50])
+
+    Source: Hoffman et al. 2013, "Stochastic variational inference"; Pyro's SVI tutorial, part II.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        guide: Any = AutoNormal,
+        elbo: ELBO | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        *,
+        data_plate: str | Sequence[str] | None = "data",
+        scale_sites: Sequence[str] = (),
+        dataset_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.elbo = Trace_ELBO() if elbo is None else elbo
+        check_elbo(self.elbo)
+        self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
+        check_optimizer(self._optimizer)
+        self._lr_scheduler = lr_scheduler
+        self._data_plates = _names(data_plate, "data_plate")
+        self._scale_sites = _names(scale_sites, "scale_sites")
+        if dataset_size is not None and dataset_size < 1:
+            raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
+        self._given_size = self._dataset_size = dataset_size
+        self._mean_batch_size: float | None = None
+        self._prototype: Any = None
+        self._initialised = False
+        self._own(model, guide, default_guide=AutoNormal)
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def model_inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Turn a batch into the arguments of model and guide; override for other batches.
+
+        A tuple or list becomes positional arguments, a mapping keywords, a tensor one argument.
+
+        Returns:
+            Positional arguments and keyword arguments.
+        """
+        return batch_arguments(batch)
+
+    def num_rows(self, batch: Any) -> int:
+        """Count B, the observations in a batch; override where rows are counted otherwise.
+
+        Raises:
+            ValueError: When the batch is empty or its tensors disagree.
+        """
+        return count_rows(batch)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def dataset_size(self) -> int | None:
+        """N, the number of observations in the training set; None until it is known."""
+        return self._dataset_size
+
+    def _known_size(self) -> int:
+        if self._dataset_size is None:
+            raise RuntimeError(
+                f"N, the number of training observations, is not known yet. State it: {_STATE_N}."
+            )
+        return self._dataset_size
+
+    def scale_factor(self, batch: Any) -> float:
+        """N/B, for a model with ``data_plate=None`` that uses ``poutine.scale`` itself."""
+        return self._known_size() / self.num_rows(batch)
+
+    def batch_weight(self, batch: Any) -> float:
+        """What multiplies a batch's loss in training, so that observations weigh the same.
+
+        It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
+        :func:`pyro_lightning.batch_weight`.
+        """
+        return batch_weight(self.num_rows(batch), self._mean_batch_size)
+
+    # -- loss ----------------------------------------------------------------------------------
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Estimate the negative ELBO of the whole training set from one batch.
+
+        A sum over N observations in nats, with the B of this batch scaled by N/B. Makes lazy
+        parameters at its first call. Usable without a Trainer where ``dataset_size`` is given.
+
+        Args:
+            batch: B rows, on the module's device.
+
+        Returns:
+            A scalar tensor; differentiable where gradients are enabled.
+
+        Raises:
+            RuntimeError: When N is not known.
+            ValueError: When the batch is empty or larger than N, when nothing would be scaled, or
+                when the loss is not finite.
+        """
+        return self._estimate(batch).loss
+
+    def _estimate(self, batch: Any) -> Estimate:
+        size, rows = self._known_size(), self.num_rows(batch)
+        if not self._initialised:
+            self._initialise(batch)
+        # Validation data may outnumber the training set; training batches cannot.
+        if rows > size and torch.is_grad_enabled():
+            raise ValueError(
+                f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
+                f"State it: {_STATE_N}."
+            )
+        return self._run(batch, rows)
+
+    def _run(self, batch: Any, rows: int) -> Estimate:
+        args, kwargs = self.model_inputs(batch)
+        size = self._known_size()
+        with self._isolated() as handled:
+            return estimate_elbo(
+                self.elbo,
+                handled(self.model),
+                handled(self.guide),
+                args,
+                kwargs,
+                plates=dict.fromkeys(self._data_plates, size),
+                batch_size=rows,
+                scale_sites=dict.fromkeys(self._scale_sites, size),
+            )
+
+    # -- life cycle ----------------------------------------------------------------------------
+
+    def _initialise(self, batch: Any) -> None:
+        """Make every parameter and check model and guide, on one batch; leave all else as it was.
+
+        Outside inference mode, whose tensors cannot train; the guide's prototype without
+        gradients, so that what it remembers can be copied.
+        """
+        rows, size = self.num_rows(batch), self._known_size()
+        plates, sites = (dict.fromkeys(n, size) for n in (self._data_plates, self._scale_sites))
+        args, kwargs = self.model_inputs(batch)
+        isolate_(self, *self.children())
+
+        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
+
+            def scaled(fn: Any) -> Any:
+                return DataPlateMessenger(plates, rows, sites)(handled(fn))
+
+            with torch.no_grad(), prototype_model(self.guide, scaled):
+                scaled(self.guide)(*args, **kwargs)
+            isolate_(self, *self.children())
+            refuse_local_latents(self.guide, plates)
+            with torch.enable_grad():
+                estimate = self._run(batch, rows)
+            check_scales(estimate.model_sites, estimate.guide_sites)
+            check_leaves(estimate.loss, self)
+        self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
+        self._initialised = True
+
+    def setup(self, stage: str) -> None:
+        """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
+        if stage == "fit":
+            # The loader as Lightning will use it, with its sampler; the loop finds it made.
+            self.trainer.fit_loop.setup_data()
+            loader = self.trainer.train_dataloader
+            self._dataset_size = self._resolve_size(loader)
+            self._mean_batch_size = mean_batch_size(loader, self.trainer.num_training_batches)
+        elif stage in ("validate", "test"):
+            if self._dataset_size is None:
+                self._dataset_size = self._resolve_size(None)
+            loop = getattr(self.trainer, f"{stage}_loop")
+            loop.setup_data()
+            loaders = getattr(
+                self.trainer, "val_dataloaders" if stage == "validate" else "test_dataloaders"
+            )
+            loader = loaders[0] if isinstance(loaders, list) else loaders
+        else:
+            return
+        if not self._initialised and loader is not None:
+            self._initialise(self._first_batch(loader))
+
+    def _resolve_size(self, loader: Any) -> int:
+        if self._given_size is not None:
+            return self._given_size
+        stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
+        if stated is not None:
+            return int(stated)
+        if loader is None:
+            raise ValueError(
+                "N, the number of training observations, is not known, and is never taken from "
+                f"validation or test data. Fit first, or state it: {_STATE_N}."
+            )
+        return dataset_size_of(loader)
+
+    def _first_batch(self, loader: Any) -> Any:
+        plugin = self.trainer.precision_plugin
+        plugin.convert_module(self)
+        device = self._parameter_device() or torch.device("cpu")
+        with torch.inference_mode(False):
+            batch = plugin.convert_input(example_batch(loader))
+            batch = self._on_before_batch_transfer(batch)
+            return self._apply_batch_transfer_handler(batch, device=device)
+
+    def configure_optimizers(self) -> Any:
+        """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
+
+        A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "there is nothing to train: neither model nor guide has a parameter. Use an "
+                "autoguide, or give the guide parameters."
+            )
+        optimizer = self._optimizer(parameters)
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
+        loss, whole = self._logged("train", batch)
+        return loss * self.batch_weight(batch) if whole else loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``val_loss``: the validation rows, scaled to the training set's N."""
+        self._logged("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``test_loss``: the test rows, scaled to the training set's N."""
+        self._logged("test", batch)
+
+    def _logged(self, stage: str, batch: Any) -> tuple[torch.Tensor, bool]:
+        """Log a batch's loss; tells with it whether it is the whole training set's."""
+        estimate = self._estimate(batch)
+        size, rows = self._known_size(), self.num_rows(batch)
+        # Without data plate a model either scales itself, or its loss is its batch's alone.
+        whole = bool(self._data_plates or self._scale_sites) or any(
+            _is_scaled(site) for site in observed(estimate.model_sites)
+        )
+        per_obs = estimate.loss.detach() / (size if whole else rows)
+        log = partial(self.log, batch_size=rows, sync_dist=True)
+        log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
+        training = stage == "train"
+        log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=True)
+        if training:
+            name = "train_loss_per_obs_step"
+            self.log(name, per_obs, on_step=True, on_epoch=False, prog_bar=True, batch_size=rows)
+        return estimate.loss, whole
+
+    # -- results -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def posterior_samples(self, num_samples: int) -> dict[str, torch.Tensor]:
+        """Draw the global latents from the guide; needs no data.
+
+        Args:
+            num_samples: Number of draws.
+
+        Returns:
+            Draws by site, ``(num_samples, *shape of the site)``, on the module's device, without
+            gradient. Latents inside the data plate are left out.
+
+        Raises:
+            RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
+        """
+        if not self._initialised:
+            raise RuntimeError(
+                "the guide has no parameters yet: fit the module, or call loss(batch) once"
+            )
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
+        args, kwargs = self.model_inputs(batch)
+        plates = dict.fromkeys(self._data_plates, self._known_size())
+        autoguide = self.guide if draws_at_once(self.guide) else None
+        with self._isolated() as handled:
+            guide = DataPlateMessenger(plates, self.num_rows(batch))(handled(self.guide))
+            return sample_globals(
+                guide, args, kwargs, num_samples, plates=plates, autoguide=autoguide
+            )
+
+
+_NUM_ROWS = PyroSVIModule.num_rows
+
+
+def _names(names: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
+    found = (names,) if isinstance(names, str) else tuple(names or ())
+    if not all(isinstance(name, str) and name for name in found):
+        raise TypeError(f"{argument} must be a name or names, got {names!r}")
+    return found
+
+
+def _is_scaled(site: Any) -> bool:
+    return isinstance(site["scale"], torch.Tensor) or site["scale"] != 1

@@ -1,0 +1,29 @@
+"""Leaving random states and buffers as they were."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def preserved_state(module: nn.Module) -> Iterator[None]:
+    """Put back the random states of Python, NumPy and torch, and the buffers of a module."""
+    buffers = {
+        name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)
+    }
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
