@@ -1,16 +1,42 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := torch==2.13.0
 
-.PHONY: test
-test: .venv/installed
+.PHONY: demo test examples clean
+
+# The main job: a regression of flight delays on real data, its posterior as a table and a figure.
+demo: .venv/demo
+	$(BIN)/python examples/flights.py --output demo
+
+test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pyro_lightning
+	$(MAKE) examples
 	$(BIN)/python -m pytest --doctest-modules pyro_lightning tests
 
-# torch first and alone: where pip knows a CPU build, that is the one taken.
-.venv/installed: pyproject.toml constraints.txt
+# Every example with tiny arguments: they run, the figures mean nothing.
+examples: .venv/test
+	$(BIN)/python examples/flights.py --epochs 1 --rows 3000 --output .venv/examples
+	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
+	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
+
+# torch first and alone, and without a GPU the CPU build where the index has one: it is a tenth of
+# the size of the other.
+.venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,dev]"
+	command -v nvidia-smi >/dev/null || $(PIP) "$(TORCH)+cpu" 2>/dev/null || true
+	$(PIP) $(TORCH)
 	touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(PIP) -e ".[examples]"
+	touch $@
+
+.venv/test: .venv/torch pyproject.toml
+	$(PIP) -e ".[test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo

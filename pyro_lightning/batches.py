@@ -1,9 +1,11 @@
 """What a batch holds: its rows, and how its elements become arguments."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 
 def named_tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,8 +74,6 @@ def example_batch(loader: Any) -> Any:
     A map-style data set is asked for its first rows, so that neither the sampler's random state
     nor the loader's workers are touched. Anything else is iterated once.
     """
-    from torch.utils.data import DataLoader, IterableDataset
-
     if not isinstance(loader, DataLoader):
         return next(iter(loader))
     dataset = loader.dataset
@@ -84,7 +84,8 @@ def example_batch(loader: Any) -> Any:
         first: Any = dataset[next(iter(loader.sampler))]
         return loader.collate_fn(first)
     size = getattr(loader.batch_sampler, "batch_size", None) or 2
-    rows = list(getattr(loader.sampler, "indices", range(len(dataset))))[:size]  # type: ignore[arg-type]
+    known = getattr(loader.sampler, "indices", range(len(dataset)))  # type: ignore[arg-type]
+    rows = [int(row) for row in islice(known, size)]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
 

@@ -1,83 +1,13 @@
 """A datamodule over arrays, cutting each batch with one index operation."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
-
-
-def _named(arrays: Arrays) -> dict[Any, Any]:
-    if isinstance(arrays, Mapping):
-        return dict(arrays)
-    if isinstance(arrays, tuple | list):
-        return dict(enumerate(arrays))
-    return {0: arrays}
-
-
-class ArrayDataset(Dataset[Any]):
-    """Rows of tensors, NumPy arrays or memmaps; a list of rows is one index operation.
-
-    Args:
-        arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each.
-        rows: Which rows belong to this data set; all of them by default.
-
-    Raises:
-        ValueError: When there is no array or no row, or when lengths differ.
-        TypeError: When something is not an array of numbers.
-    """
-
-    def __init__(self, arrays: Arrays, rows: np.ndarray[Any, Any] | None = None) -> None:
-        named = _named(arrays)
-        if not named:
-            raise ValueError("expected at least one array, got none")
-        for name, array in named.items():
-            if not isinstance(array, torch.Tensor | np.ndarray):
-                raise TypeError(
-                    f"array {name!r} must be a tensor or NumPy array, got {type(array).__name__}"
-                )
-            if isinstance(array, np.ndarray) and array.dtype.kind not in "biufc":
-                raise TypeError(
-                    f"array {name!r} has dtype {array.dtype}; convert it to numbers first"
-                )
-            if array.ndim == 0:
-                raise ValueError(f"array {name!r} has no row dimension")
-        lengths = {name: len(array) for name, array in named.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"arrays must have the same number of rows, got {lengths}")
-        self.arrays = arrays
-        self.rows = rows
-        self._length = next(iter(lengths.values())) if rows is None else len(rows)
-        if self._length == 0:
-            raise ValueError("the arrays have no rows")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Any:
-        return self._cut(int(index) if self.rows is None else int(self.rows[index]))
-
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        """Return a whole batch at once; torch's fetcher calls this instead of row by row."""
-        wanted = np.asarray(indices)
-        return self._cut(wanted if self.rows is None else self.rows[wanted])
-
-    def _cut(self, index: Any) -> Any:
-        def take(array: Any) -> torch.Tensor:
-            if isinstance(array, torch.Tensor):
-                return array[torch.as_tensor(index)]
-            # Fancy indexing copies the rows alone, so a memmap stays on disk.
-            return torch.as_tensor(array[index])
-
-        if isinstance(self.arrays, Mapping):
-            return {name: take(array) for name, array in self.arrays.items()}
-        if isinstance(self.arrays, tuple | list):
-            return tuple(take(array) for array in self.arrays)
-        return take(self.arrays)
+from pyro_lightning.arrays import ArrayDataset, Arrays, ShuffledRows
 
 
 def _as_is(batch: Any) -> Any:
@@ -176,7 +106,7 @@ class ArrayDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=train and self.shuffle,
+            sampler=ShuffledRows(dataset) if train and self.shuffle else None,
             drop_last=train and self.drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

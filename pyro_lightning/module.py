@@ -242,7 +242,9 @@ class PyroSVIModule(LightningModule, ModelOwner):
         else:
             return
         if not self._initialised and loader is not None:
-            self._initialise(self._first_batch(loader))
+            with preserved_state(self):
+                batch = self._first_batch(loader)
+            self._initialise(batch)
 
     def _resolve_size(self, loader: Any) -> int:
         if self._given_size is not None:
