@@ -72,8 +72,13 @@ def example_batch(loader: Any) -> Any:
     """Take one batch as a loader would make it, in this process, without moving its sampler.
 
     A map-style data set is asked for its first rows, so that neither the sampler's random state
-    nor the loader's workers are touched. Anything else is iterated once.
+    nor the loader's workers are touched. Several loaders give a batch of each. Anything else is
+    iterated once.
     """
+    if isinstance(loader, Mapping):
+        return {name: example_batch(each) for name, each in loader.items()}
+    if isinstance(loader, tuple | list):
+        return [example_batch(each) for each in loader]
     if not isinstance(loader, DataLoader):
         return next(iter(loader))
     dataset = loader.dataset

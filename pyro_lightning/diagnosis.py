@@ -1,11 +1,13 @@
 """Which site and which rows make a loss that is not finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pyro_lightning.batches import named_tensors
+from pyro_lightning.handlers import DataPlateMessenger
 
 _SHOWN = 10
 
@@ -17,15 +19,33 @@ _LOOK_FURTHER = (
 )
 
 
-def non_finite_report(inputs: Any, sites: Iterable[Any], plates: Iterable[str]) -> str | None:
-    """Say which inputs and sites are not finite, in which rows of the batch, or None if none is.
+@contextmanager
+def explained(inputs: Any, *handlers: DataPlateMessenger) -> Iterator[None]:
+    """Add to an error of Pyro's validation which site and rows are not finite.
+
+    Pyro meets a NaN before a loss exists, where a distribution is made or its log-probability
+    taken, and knows neither the rows nor always the site.
+    """
+    try:
+        yield
+    except ValueError as error:
+        report = non_finite_report(inputs, *handlers)
+        if report:
+            raise ValueError(f"the loss cannot be computed: {report}") from error
+        raise
+
+
+def non_finite_report(inputs: Any, *handlers: DataPlateMessenger) -> str | None:
+    """Say which inputs, parameters and sites are not finite, in which rows of the batch.
 
     Args:
-        inputs: The arguments of the model.
-        sites: Messages of sample sites that ran.
-        plates: Names of the data plates; rows are counted along them.
+        inputs: Positional and keyword arguments of the model.
+        handlers: The handlers under which guide and model ran, with what they met.
+
+    Returns:
+        The sentence, or None where everything is finite.
     """
-    plates, found = set(plates), []
+    found = []
     args, kwargs = inputs
     named: Mapping[str, Any] = {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
     for name, value in named.items():
@@ -33,11 +53,15 @@ def non_finite_report(inputs: Any, sites: Iterable[Any], plates: Iterable[str]) 
             bad = ~torch.isfinite(tensor)
             if tensor.dim() and bad.any():
                 found.append(f"{path} holds values that are not finite{_rows(bad, 0)}")
+    for param in (param for handler in handlers for param in handler.params):
+        if isinstance(param["value"], torch.Tensor) and not param["value"].isfinite().all():
+            found.append(f"parameter '{param['name']}' is not finite")
     with torch.no_grad():
-        for site in sites:
+        for site, plates in ((site, each.plates) for each in handlers for site in each.sites):
             marked = _non_finite(site)
             if marked is not None and marked.any():
-                dims = [f.dim for f in site["cond_indep_stack"] if f.name in plates and f.dim]
+                frames = [f for f in site["cond_indep_stack"] if f.name in plates]
+                dims = [frame.dim for frame in frames if frame.dim]
                 where = _rows(marked, dims[0]) if dims and marked.dim() >= -dims[0] else ""
                 found.append(f"the log-probability of site '{site['name']}' is not finite{where}")
     return f"{'; '.join(dict.fromkeys(found))}. {_LOOK_FURTHER}" if found else None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO
 
-from pyro_lightning.diagnosis import non_finite_report
+from pyro_lightning.diagnosis import explained, non_finite_report
 from pyro_lightning.handlers import DataPlateMessenger
 
 
@@ -90,18 +90,10 @@ def estimate_elbo(
     """Do what :func:`negative_elbo` does, and return the sites that ran as well."""
     in_model = DataPlateMessenger(plates, batch_size, scale_sites)
     in_guide = DataPlateMessenger(plates, batch_size, scale_sites)
-    try:
+    with explained((args, kwargs), in_guide, in_model):
         loss = _run(elbo, in_model(model), in_guide(guide), args, kwargs)
-    except ValueError as error:
-        # Pyro's validation meets a NaN before a loss exists; it knows neither rows nor, where a
-        # distribution is made, the site.
-        report = non_finite_report((args, kwargs), in_guide.sites + in_model.sites, plates)
-        if report:
-            raise ValueError(f"the loss cannot be computed: {report}") from error
-        raise
     if not torch.isfinite(loss):
-        sites = in_guide.sites + in_model.sites
-        report = non_finite_report((args, kwargs), sites, plates) or (
+        report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"
         )
         raise ValueError(f"the loss is {float(loss)}: {report}")

@@ -60,27 +60,34 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
             part._model = model
 
 
-def refuse_local_latents(guide: Any, plates: Iterable[str]) -> None:
+def refuse_local_latents(guide: Any, guide_sites: Iterable[Any], plates: Iterable[str]) -> None:
     """Refuse an autoguide with latents in the data plate.
 
+    Args:
+        guide: The guide.
+        guide_sites: Messages of the sites of one run of it.
+        plates: Names of the data plates.
+
     Raises:
-        ValueError: Naming sites and plate. Such a guide has one set of parameters for each row of
+        ValueError: Naming site and plate. Such a guide has one set of parameters for each row of
             its first batch, and would fit whatever rows later batches hold to them.
     """
     plates = set(plates)
+    local = {s["name"]: f.name for s in guide_sites for f in s["cond_indep_stack"]}
+    local = {name: plate for name, plate in local.items() if plate in plates}
     for part in parts_of(guide):
         if isinstance(part, AutoGuideList | AutoCallable) or part.prototype_trace is None:
             continue
-        for name, site in part.prototype_trace.iter_stochastic_nodes():
-            inside = [f.name for f in site["cond_indep_stack"] if f.name in plates]
-            if inside:
+        # The names alone: some autoguides empty the nodes of their prototype.
+        for name in part.prototype_trace.nodes:
+            if name in local:
                 raise ValueError(
-                    f"latent site '{name}' stands in the data plate '{inside[0]}', and "
+                    f"latent site '{name}' stands in the data plate '{local[name]}', and "
                     f"{type(part).__name__} would keep one set of parameters for each row of its "
                     "first batch and mix up the rows of every other. Write an amortised guide: a "
                     f"function of the batch with `pyro.sample('{name}', ...)` inside "
-                    f"`pyro.plate('{inside[0]}', len(x))`, its parameters computed from the row by "
-                    "a network (AutoGuideList joins it to an autoguide of the global latents)."
+                    f"`pyro.plate('{local[name]}', len(x))`, its parameters computed from the row "
+                    "by a network (AutoGuideList joins it to an autoguide of the global latents)."
                 )
 
 
@@ -103,5 +110,6 @@ def move_prototypes_(guide: Any, device: torch.device) -> None:
     """Move the distributions that an autoguide remembers, whose supports hold tensors."""
     for part in parts_of(guide):
         if part.prototype_trace is not None:
-            for _, site in part.prototype_trace.iter_stochastic_nodes():
-                site["fn"] = on_device(site["fn"], device)
+            for site in part.prototype_trace.nodes.values():
+                if "fn" in site:  # some autoguides empty the nodes of their prototype
+                    site["fn"] = on_device(site["fn"], device)

@@ -29,6 +29,7 @@ class DataPlateMessenger(Messenger):
 
     Attributes:
         sites: The messages of the ``pyro.sample`` statements that ran under the handler.
+        params: The messages of the ``pyro.param`` statements, PyroModules' own among them.
         scaled_observations: How many observed sites among them were in a data plate or named.
 
     Raises:
@@ -59,6 +60,7 @@ class DataPlateMessenger(Messenger):
         self.batch_size = batch_size
         self.scale_sites = dict(scale_sites or {})
         self.sites: list[Any] = []
+        self.params: list[Any] = []
         self.scaled_observations = 0
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -88,6 +90,9 @@ class DataPlateMessenger(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not is_subsample(msg):
             self.sites.append(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.params.append(msg)
 
     def _give_rows(self, msg: Any) -> None:
         name, size, rows = msg["name"], msg["fn"].size, msg["value"]

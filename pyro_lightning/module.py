@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_lightning.batches import batch_arguments, count_rows, example_batch, first_rows
 from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
+from pyro_lightning.diagnosis import explained
 from pyro_lightning.elbo import Estimate, estimate_elbo
 from pyro_lightning.guides import prototype_model, refuse_local_latents
 from pyro_lightning.handlers import DataPlateMessenger, observed
@@ -211,10 +212,12 @@ class PyroSVIModule(LightningModule, ModelOwner):
             def scaled(fn: Any) -> Any:
                 return DataPlateMessenger(plates, rows, sites)(handled(fn))
 
+            in_guide = DataPlateMessenger(plates, rows, sites)
             with torch.no_grad(), prototype_model(self.guide, scaled):
-                scaled(self.guide)(*args, **kwargs)
+                with explained((args, kwargs), in_guide):
+                    in_guide(handled(self.guide))(*args, **kwargs)
             isolate_(self, *self.children())
-            refuse_local_latents(self.guide, plates)
+            refuse_local_latents(self.guide, in_guide.sites, plates)
             with torch.enable_grad():
                 estimate = self._run(batch, rows)
             check_scales(estimate.model_sites, estimate.guide_sites)
@@ -233,12 +236,11 @@ class PyroSVIModule(LightningModule, ModelOwner):
         elif stage in ("validate", "test"):
             if self._dataset_size is None:
                 self._dataset_size = self._resolve_size(None)
-            loop = getattr(self.trainer, f"{stage}_loop")
-            loop.setup_data()
-            loaders = getattr(
-                self.trainer, "val_dataloaders" if stage == "validate" else "test_dataloaders"
-            )
-            loader = loaders[0] if isinstance(loaders, list) else loaders
+            getattr(self.trainer, f"{stage}_loop").setup_data()
+            name = "val_dataloaders" if stage == "validate" else "test_dataloaders"
+            loader = getattr(self.trainer, name)
+            if isinstance(loader, list | dict):  # evaluation takes them one after the other
+                loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
         else:
             return
         if not self._initialised and loader is not None:
@@ -291,6 +293,10 @@ class PyroSVIModule(LightningModule, ModelOwner):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
+        if self._mean_batch_size is None:
+            # A stream of unknown length: its first batch is taken for the usual size, so that a
+            # smaller one weighs less; the constant factor that is left moves no optimum.
+            self._mean_batch_size = float(self.num_rows(batch))
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
 
@@ -345,12 +351,10 @@ class PyroSVIModule(LightningModule, ModelOwner):
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
         args, kwargs = self.model_inputs(batch)
         plates = dict.fromkeys(self._data_plates, self._known_size())
-        autoguide = self.guide if draws_at_once(self.guide) else None
+        at_once = draws_at_once(self.guide)
         with self._isolated() as handled:
             guide = DataPlateMessenger(plates, self.num_rows(batch))(handled(self.guide))
-            return sample_globals(
-                guide, args, kwargs, num_samples, plates=plates, autoguide=autoguide
-            )
+            return sample_globals(guide, args, kwargs, num_samples, plates=plates, at_once=at_once)
 
 
 _NUM_ROWS = PyroSVIModule.num_rows

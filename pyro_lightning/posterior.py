@@ -1,6 +1,7 @@
 """Draws of the global latents from a guide."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,11 +20,11 @@ def sample_globals(
     num_samples: int,
     *,
     plates: Iterable[str],
-    autoguide: Any = None,
+    at_once: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Draw the latents outside the data plates, ``(num_samples, *shape of the site)`` each.
 
-    An autoguide draws all samples at once, in an outer plate; another guide runs once a sample.
+    The guide runs once a sample, or once for all in an outer plate where it allows that.
 
     Args:
         guide: The guide, under the handlers that it needs.
@@ -31,7 +32,7 @@ def sample_globals(
         kwargs: Keyword arguments of one batch.
         num_samples: Number of draws.
         plates: Names of the data plates, whose latents are left out.
-        autoguide: The autoguide that ``guide`` calls, where it can draw in an outer plate.
+        at_once: Whether the guide can draw in an outer plate.
 
     Example:
         >>> def guide():
@@ -39,16 +40,19 @@ def sample_globals(
         >>> sample_globals(guide, (), {}, 5, plates=["data"])["w"].shape
         torch.Size([5, 3])
     """
-    if autoguide is None:
-        draws = [_global_values(guide, args, kwargs, set(plates)) for _ in range(num_samples)]
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    sites = dict(autoguide.prototype_trace.iter_stochastic_nodes())
+    draw = partial(_globals, guide, args, kwargs, set(plates))
+    if not at_once:
+        draws = [draw() for _ in range(num_samples)]
+        return {name: torch.stack([sites[name]["value"] for sites in draws]) for name in draws[0]}
+    single = draw()
     # The new plate must stand left of every plate of the guide.
-    depth = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"]), default=0)
+    depth = max((-f.dim for s in single.values() for f in s["cond_indep_stack"]), default=0)
     with pyro.plate("_num_samples", num_samples, dim=-1 - depth):
-        values = _global_values(guide, args, kwargs, set(plates))
-    shapes = {name: sites[name]["value"].shape for name in values}
-    return {name: value.reshape(num_samples, *shapes[name]) for name, value in values.items()}
+        sites = draw()
+    return {
+        name: site["value"].reshape(num_samples, *single[name]["value"].shape)
+        for name, site in sites.items()
+    }
 
 
 def draws_at_once(guide: Any) -> bool:
@@ -62,12 +66,12 @@ def draws_at_once(guide: Any) -> bool:
     )
 
 
-def _global_values(
+def _globals(
     guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], plates: set[str]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return {
-        name: site["value"]
+        name: site
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and not site["is_observed"]
