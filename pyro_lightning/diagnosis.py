@@ -11,6 +11,9 @@ from pyro_lightning.handlers import DataPlateMessenger
 
 _SHOWN = 10
 
+# What torch.distributions says where a parameter or a value is refused.
+_VALIDATION = ("to satisfy the constraint", "to be within the support")
+
 _LOOK_FURTHER = (
     "Look at these rows in your data; `pyro.poutine.trace(model).get_trace(*batch)` with "
     "`.format_shapes()` and `.compute_log_prob()` shows each site, and "
@@ -23,13 +26,15 @@ _LOOK_FURTHER = (
 def explained(inputs: Any, *handlers: DataPlateMessenger) -> Iterator[None]:
     """Add to an error of Pyro's validation which site and rows are not finite.
 
-    Pyro meets a NaN before a loss exists, where a distribution is made or its log-probability
-    taken, and knows neither the rows nor always the site.
+    It meets a NaN before a loss exists, where a distribution is made or its log-probability taken,
+    and knows neither the rows nor always the site. Other errors pass: NaN may be meant, under a
+    mask.
     """
     try:
         yield
     except ValueError as error:
-        report = non_finite_report(inputs, *handlers)
+        validation = any(sentence in str(error) for sentence in _VALIDATION)
+        report = non_finite_report(inputs, *handlers) if validation else None
         if report:
             raise ValueError(f"the loss cannot be computed: {report}") from error
         raise
@@ -79,7 +84,8 @@ def _non_finite(site: Any) -> torch.Tensor | None:
         wrong = ~torch.isfinite(fn.log_prob(value))
     except ValueError:  # the distribution validates: the value is outside its support
         wrong = ~fn.support.check(value)
-    return bad | wrong
+    mask = site["mask"]
+    return bad | wrong if mask is None else (bad | wrong) & torch.as_tensor(mask)
 
 
 def _rows(bad: torch.Tensor, dim: int) -> str:
