@@ -9,6 +9,12 @@ from torch.utils.data import DataLoader
 
 from pyro_lightning.arrays import ArrayDataset, Arrays, ShuffledRows
 
+_OPTIONAL = {
+    "val_dataloader": "_val",
+    "test_dataloader": "_test",
+    "predict_dataloader": "_predict",
+}
+
 
 def _as_is(batch: Any) -> Any:
     return batch
@@ -90,6 +96,21 @@ class ArrayDataModule(LightningDataModule):
             if sizes["test"]:
                 self._test = ArrayDataset(arrays, np.sort(order[sizes["val"] : held_out]))
 
+        self._leave_out_stages()
+
+    def _leave_out_stages(self) -> None:
+        # Lightning leaves out a stage whose hook is its own; an empty list it warns about.
+        for hook, stage in _OPTIONAL.items():
+            if getattr(self, stage) is None:
+                setattr(self, hook, getattr(super(), hook))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OPTIONAL}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._leave_out_stages()
+
     @property
     def dataset_size(self) -> int:
         """N, the number of training rows."""
@@ -99,9 +120,8 @@ class ArrayDataModule(LightningDataModule):
     def _given(arrays: Arrays | None) -> ArrayDataset | None:
         return None if arrays is None else ArrayDataset(arrays)
 
-    def _loader(self, dataset: ArrayDataset | None, train: bool = False) -> Any:
-        if dataset is None:
-            return []  # Lightning skips a stage whose loaders are an empty list
+    def _loader(self, dataset: ArrayDataset | None, train: bool = False) -> DataLoader[Any]:
+        assert dataset is not None  # a stage without rows has no loader of ours
         pin = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
         return DataLoader(
             dataset,
@@ -114,18 +134,18 @@ class ArrayDataModule(LightningDataModule):
             collate_fn=_as_is,
         )
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training rows."""
         return self._loader(self._train, train=True)
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches of validation rows, in order."""
         return self._loader(self._val)
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Batches of test rows, in order."""
         return self._loader(self._test)
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of rows to predict, in order."""
         return self._loader(self._predict)

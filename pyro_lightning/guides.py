@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -91,19 +92,27 @@ def refuse_local_latents(guide: Any, guide_sites: Iterable[Any], plates: Iterabl
                 )
 
 
-@contextmanager
-def without_back_references(guide_roots: nn.Module) -> Iterator[dict[int, Any]]:
-    """Put back what copying an autoguide takes from the live one: its model and its master.
+class BackReferences:
+    """Remembers what copying or pickling an autoguide takes from the live one.
 
-    ``AutoGuide.__getstate__`` sets both to None on the object that is copied.
+    ``AutoGuide.__getstate__`` sets the guide's model and its master to None on the very object that
+    is copied, by whatever path the copier reached it.
     """
-    parts = parts_of(guide_roots)
-    saved = {id(part): (part._model, part.master) for part in parts}
-    try:
-        yield {key: model for key, (model, _) in saved.items()}
-    finally:
-        for part in parts:
-            part._model, part.master = saved[id(part)]
+
+    def __init__(self, guide: Any) -> None:
+        self._saved = [(part, part._model, part.master) for part in parts_of(guide)]
+
+    def restore(self) -> None:
+        """Put model and master back where they were lost."""
+        for part, model, master in self._saved:
+            if part._model is None:
+                part._model, part.master = model, master
+
+    def rebind(self, memo: dict[int, Any]) -> None:
+        """Give the copies that a ``deepcopy`` made copies of the models."""
+        for part, model, _ in self._saved:
+            if id(part) in memo:
+                memo[id(part)]._model = deepcopy(model, memo)
 
 
 def move_prototypes_(guide: Any, device: torch.device) -> None:

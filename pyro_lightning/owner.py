@@ -11,7 +11,7 @@ from pyro.nn import PyroModule, pyro_method
 from torch import nn
 
 from pyro_lightning.devices import DeviceMessenger
-from pyro_lightning.guides import make_guide, move_prototypes_, without_back_references
+from pyro_lightning.guides import BackReferences, make_guide, move_prototypes_
 from pyro_lightning.params import LocalParamMessenger, ParamStoreModule, local_parameters
 
 
@@ -42,7 +42,11 @@ class ModelOwner(PyroModule):
     @property
     def guide(self) -> Callable[..., Any]:
         """The guide that was passed or defined; for an autoguide class, its instance."""
+        if self._back_references is not None:
+            self._back_references.restore()
         return self._part("guide")
+
+    _back_references: BackReferences | None = None
 
     def _own(self, model: Any, guide: Any, default_guide: Any) -> None:
         self._pyro_param_store = ParamStoreModule()
@@ -54,6 +58,7 @@ class ModelOwner(PyroModule):
             self._register("guide", make_guide(guide, self.model))
         elif guide is not default_guide:
             raise ValueError(f"{type(self).__name__} defines guide: do not pass another")
+        self._back_references = BackReferences(self)
 
     def _defines(self, name: str) -> bool:
         passed = inspect.getattr_static(ModelOwner, name)
@@ -106,10 +111,10 @@ class ModelOwner(PyroModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with without_back_references(self) as models:
-            state: Any = self.__getstate__()
-            copied.__dict__.update(deepcopy(state, memo))
-        for key, model in models.items():
-            if key in memo:
-                memo[key]._model = deepcopy(model, memo)
+        state: Any = {**self.__getstate__(), "_back_references": None}  # type: ignore[dict-item]
+        copied.__dict__.update(deepcopy(state, memo))
+        if self._back_references is not None:
+            self._back_references.restore()
+            self._back_references.rebind(memo)
+            copied._back_references = BackReferences(copied)
         return copied
