@@ -67,29 +67,35 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_scales(model_sites: Iterable[Any], guide_sites: Iterable[Any]) -> None:
-    """Check that model and guide scale each latent site alike.
+def check_scales(
+    model_sites: Iterable[Any], guide_sites: Iterable[Any], plates: Iterable[str]
+) -> None:
+    """Check that model and guide scale each latent site alike, in this batch and in any other.
 
     Raises:
         ValueError: Naming the site, both scales and both stacks of plates. A guide plate of
             another name than the model's gives a wrong ELBO without an error in Pyro.
     """
+    plates = set(plates)
     in_guide = {s["name"]: s for s in guide_sites if not s["is_observed"]}
     for site in model_sites:
-        other = in_guide.get(site["name"])
-        if other is None or site["is_observed"]:
+        if site["is_observed"] or site["name"] not in in_guide:
             continue
-        ours, theirs = (torch.as_tensor(s["scale"], dtype=torch.float64) for s in (site, other))
-        if not torch.allclose(ours.cpu(), theirs.cpu()):
-            plates = [
-                [f"'{f.name}' of size {f.size}" for f in s["cond_indep_stack"]] or "no plate"
-                for s in (site, other)
+        pair = site, in_guide[site["name"]]
+        ours, theirs = (torch.as_tensor(s["scale"], dtype=torch.float64).cpu() for s in pair)
+        # Where B = N the scales agree by chance; the plates do not.
+        inside = [{f.name for f in s["cond_indep_stack"]} & plates for s in pair]
+        if inside[0] != inside[1] or not torch.allclose(ours, theirs):
+            stacks = [
+                ", ".join(f"plate '{f.name}' of size {f.size}" for f in s["cond_indep_stack"])
+                or "no plate"
+                for s in pair
             ]
             raise ValueError(
-                f"latent site '{site['name']}' has scale {float(ours.max()):g} in the model (in "
-                f"{plates[0]}) but {float(theirs.max()):g} in the guide (in {plates[1]}): its two "
-                "terms of the ELBO would not cancel. Give the guide the model's plates, by the "
-                "same names and with the rows of the batch."
+                f"latent site '{site['name']}' has scale {float(ours.max()):g} in the model "
+                f"(in {stacks[0]}) but {float(theirs.max()):g} in the guide (in {stacks[1]}): "
+                "its two terms of the ELBO would not cancel. Give the guide the model's plates, by "
+                "the same names and with the rows of the batch; scale only what stands in them."
             )
 
 

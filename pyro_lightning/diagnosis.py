@@ -1,10 +1,12 @@
 """Which site and which rows make a loss that is not finite."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 
 from pyro_lightning.batches import named_tensors
 from pyro_lightning.handlers import DataPlateMessenger
@@ -23,21 +25,41 @@ _LOOK_FURTHER = (
 
 
 @contextmanager
-def explained(inputs: Any, *handlers: DataPlateMessenger) -> Iterator[None]:
-    """Add to an error of Pyro's validation which site and rows are not finite.
+def explained(
+    inputs: Any,
+    handler: Callable[[], DataPlateMessenger],
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
+) -> Iterator[None]:
+    """Add to an error of Pyro's validation which sites and rows are not finite.
 
     It meets a NaN before a loss exists, where a distribution is made or its log-probability taken,
-    and knows neither the rows nor always the site. Other errors pass: NaN may be meant, under a
-    mask.
+    and knows neither the rows nor always the site: so guide and model run once more without it.
+    Other errors pass: NaN may be meant, under a mask.
     """
     try:
         yield
     except ValueError as error:
-        validation = any(sentence in str(error) for sentence in _VALIDATION)
-        report = non_finite_report(inputs, *handlers) if validation else None
+        if not any(sentence in str(error) for sentence in _VALIDATION):
+            raise
+        in_model, in_guide = handler(), handler()
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng():
+                _run_freely(inputs, in_model(model), guide and in_guide(guide))
+        except (ValueError, RuntimeError):
+            pass  # what was met up to here is reported, with the first error as the cause
+        report = non_finite_report(inputs, in_guide, in_model)
         if report:
             raise ValueError(f"the loss cannot be computed: {report}") from error
         raise
+
+
+def _run_freely(inputs: Any, model: Callable[..., Any], guide: Callable[..., Any] | None) -> None:
+    args, kwargs = inputs
+    if guide is not None:
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model = poutine.replay(model, trace=trace)
+    model(*args, **kwargs)
 
 
 def non_finite_report(inputs: Any, *handlers: DataPlateMessenger) -> str | None:

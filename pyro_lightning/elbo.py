@@ -1,13 +1,14 @@
 """The loss: the negative ELBO of the whole training set, estimated from one batch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO
 
 from pyro_lightning.diagnosis import explained, non_finite_report
-from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.handlers import DataPlateMessenger, observed
 
 
 class Estimate(NamedTuple):
@@ -88,9 +89,9 @@ def estimate_elbo(
     scale_sites: Mapping[str, int] | None = None,
 ) -> Estimate:
     """Do what :func:`negative_elbo` does, and return the sites that ran as well."""
-    in_model = DataPlateMessenger(plates, batch_size, scale_sites)
-    in_guide = DataPlateMessenger(plates, batch_size, scale_sites)
-    with explained((args, kwargs), in_guide, in_model):
+    handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
+    in_model, in_guide = handler(), handler()
+    with explained((args, kwargs), handler, model, guide):
         loss = _run(elbo, in_model(model), in_guide(guide), args, kwargs)
     if not torch.isfinite(loss):
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
@@ -112,7 +113,7 @@ def _run(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> torch.Te
 def _refuse_unscaled(
     handler: DataPlateMessenger, plates: Mapping[str, int], scale_sites: Mapping[str, int]
 ) -> None:
-    names = sorted({site["name"] for site in handler.sites if site["is_observed"]})
+    names = sorted({site["name"] for site in observed(handler.sites)})
     met = sorted({f.name for site in handler.sites for f in site["cond_indep_stack"]})
     sought = f"data plate ({', '.join(map(repr, plates))})" if plates else "scale_sites"
     if scale_sites:

@@ -12,6 +12,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from pyro_lightning.devices import on_device
+from pyro_lightning.handlers import observed
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +60,15 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
     finally:
         for part, model in zip(parts, raw, strict=True):
             part._model = model
+
+
+def row_plates(model_sites: Iterable[Any], batch_size: int) -> set[str]:
+    """Name the plates over the rows of a batch, in a model whose data plate is not named.
+
+    They are the plates of size B that an observed site stands in.
+    """
+    frames = (frame for site in observed(model_sites) for frame in site["cond_indep_stack"])
+    return {frame.name for frame in frames if frame.size == batch_size}
 
 
 def refuse_local_latents(guide: Any, guide_sites: Iterable[Any], plates: Iterable[str]) -> None:

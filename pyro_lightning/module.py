@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning._lightning import stage_loader, transferred
 from pyro_lightning.batches import batch_arguments, count_rows, example_batch, first_rows
 from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.guides import prototype_model, refuse_local_latents
+from pyro_lightning.guides import prototype_model, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import isolate_
@@ -207,45 +209,41 @@ class PyroSVIModule(LightningModule, ModelOwner):
         args, kwargs = self.model_inputs(batch)
         isolate_(self, *self.children())
 
+        def handler() -> DataPlateMessenger:
+            return DataPlateMessenger(plates, rows, sites)
+
+        in_model, in_guide = handler(), handler()
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
-
-            def scaled(fn: Any) -> Any:
-                return DataPlateMessenger(plates, rows, sites)(handled(fn))
-
-            in_guide = DataPlateMessenger(plates, rows, sites)
-            with torch.no_grad(), prototype_model(self.guide, scaled):
-                with explained((args, kwargs), in_guide):
-                    in_guide(handled(self.guide))(*args, **kwargs)
+            model, guide = handled(self.model), handled(self.guide)
+            with (
+                torch.no_grad(),
+                explained((args, kwargs), handler, model),
+                prototype_model(self.guide, lambda fn: handler()(handled(fn))),
+            ):
+                trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
+                poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
             isolate_(self, *self.children())
-            refuse_local_latents(self.guide, in_guide.sites, plates)
+            by_row = plates or row_plates(in_model.sites, rows)
+            refuse_local_latents(self.guide, in_guide.sites, by_row)
+            check_scales(in_model.sites, in_guide.sites, plates)
             with torch.enable_grad():
-                estimate = self._run(batch, rows)
-            check_scales(estimate.model_sites, estimate.guide_sites)
-            check_leaves(estimate.loss, self)
+                check_leaves(self._run(batch, rows).loss, self)
         self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
         self._initialised = True
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
-        if stage == "fit":
-            # The loader as Lightning will use it, with its sampler; the loop finds it made.
-            self.trainer.fit_loop.setup_data()
-            loader = self.trainer.train_dataloader
-            self._dataset_size = self._resolve_size(loader)
-            self._mean_batch_size = mean_batch_size(loader, self.trainer.num_training_batches)
-        elif stage in ("validate", "test"):
-            if self._dataset_size is None:
-                self._dataset_size = self._resolve_size(None)
-            getattr(self.trainer, f"{stage}_loop").setup_data()
-            name = "val_dataloaders" if stage == "validate" else "test_dataloaders"
-            loader = getattr(self.trainer, name)
-            if isinstance(loader, list | dict):  # evaluation takes them one after the other
-                loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-        else:
+        if stage == "predict":
             return
-        if not self._initialised and loader is not None:
-            with preserved_state(self):
-                batch = self._first_batch(loader)
+        training = stage == "fit"
+        with preserved_state(self):  # a user's hook or data set may draw random numbers
+            loader = stage_loader(self.trainer, stage)
+            if training or self._dataset_size is None:
+                self._dataset_size = self._resolve_size(loader if training else None)
+            batch = None if self._initialised or loader is None else self._first_batch(loader)
+        if training:
+            self._mean_batch_size = None
+        if batch is not None:
             self._initialise(batch)
 
     def _resolve_size(self, loader: Any) -> int:
@@ -262,13 +260,11 @@ class PyroSVIModule(LightningModule, ModelOwner):
         return dataset_size_of(loader)
 
     def _first_batch(self, loader: Any) -> Any:
-        plugin = self.trainer.precision_plugin
-        plugin.convert_module(self)
-        device = self._parameter_device() or torch.device("cpu")
+        # Lightning converts the module after set-up; the parameters to be made need it before.
+        self.trainer.precision_plugin.convert_module(self)
         with torch.inference_mode(False):
-            batch = plugin.convert_input(example_batch(loader))
-            batch = self._on_before_batch_transfer(batch)
-            return self._apply_batch_transfer_handler(batch, device=device)
+            batch = example_batch(loader)
+            return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
 
     def configure_optimizers(self) -> Any:
         """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
@@ -294,9 +290,12 @@ class PyroSVIModule(LightningModule, ModelOwner):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
         if self._mean_batch_size is None:
-            # A stream of unknown length: its first batch is taken for the usual size, so that a
+            # Known from the first step only: Lightning gives the loader its sampler after set-up.
+            # Of a stream of unknown length the first batch is taken for the usual size, so that a
             # smaller one weighs less; the constant factor that is left moves no optimum.
-            self._mean_batch_size = float(self.num_rows(batch))
+            trainer = self.trainer
+            mean = mean_batch_size(trainer.train_dataloader, trainer.num_training_batches)
+            self._mean_batch_size = float(self.num_rows(batch)) if mean is None else mean
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
 

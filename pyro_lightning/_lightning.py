@@ -1,0 +1,28 @@
+"""The private names of Lightning that the module leans on, in one place."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+
+def stage_loader(trainer: Trainer, stage: str) -> Any:
+    """Ask the user's hook or argument for the loader of a stage, or None where there is none.
+
+    The public ``setup_data`` of a loop would start the loader's workers and draw its seed, and a
+    loop whose loader exists early does not restore the state of a loader from a checkpoint.
+    """
+    loops: dict[str, Any] = {
+        "fit": trainer.fit_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+    }
+    source = loops[stage]._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
+def transferred(module: LightningModule, batch: Any, device: torch.device) -> Any:
+    """Put a batch through the precision plugin and the transfer hooks, as a step would."""
+    batch = module.trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch)
+    return module._apply_batch_transfer_handler(batch, device=device)
