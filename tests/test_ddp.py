@@ -1,0 +1,64 @@
+"""Two processes on the CPU find the posterior of one, with N the whole training set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddp_fit import B, DATA, EPOCHS, N
+
+HERE = Path(__file__).parent
+SD = (100 + N) ** -0.5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ddp") / "found.json"
+    # One thread a process: there are as many processes as cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    run = subprocess.run(
+        [sys.executable, str(HERE / "ddp_fit.py"), str(path)],
+        env=environment,
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+def test_n_is_the_whole_training_set_on_each_rank(found):
+    assert found["world_size"] == 2
+    assert found["dataset_size"] == N
+
+
+def test_each_rank_visits_its_share_once_an_epoch(found):
+    share = (N + 1) // 2  # the sampler repeats a row, so that the shares are equal
+    assert found["steps"] == EPOCHS * -(-share // B)
+
+
+def test_parameters_are_equal_on_both_ranks(found):
+    first, second = found["parameters"]
+    assert first == second
+
+
+def test_the_posterior_is_the_exact_one(found):
+    # The learning rate ends at 4e-4, so that noise of the last steps is far below a tenth of an sd.
+    assert found["mean"] == pytest.approx(float(DATA.sum() / (100 + N)), abs=0.1 * SD)
+    assert found["sd"] == pytest.approx(SD, rel=0.05)
+
+
+def test_validation_loss_is_scaled_to_n_and_reduced_over_ranks(found):
+    # 101 rows in shares of 51, one row twice, scaled by N/B of each batch. With q = N(m, s) the
+    # expected negative ELBO is closed; the figure is from one draw a batch, whose sd is
+    # N * s * |mean of the residuals|, below 30 nats, of about 1400.
+    m, s = found["mean"], found["sd"]
+    rows = DATA[:101]
+    per_row = 0.5 * torch.tensor(2 * torch.pi).log() + 0.5 * ((rows - m) ** 2).mean() + 0.5 * s**2
+    kl = 0.5 * (s**2 * 100 + m**2 * 100 - 1) - torch.tensor(s * 10).log()
+    expected = float(N * per_row + kl)
+    assert found["val_loss"] == pytest.approx(expected, rel=0.05)
