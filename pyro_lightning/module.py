@@ -19,7 +19,7 @@ from pyro_lightning.elbo import Estimate, estimate_elbo
 from pyro_lightning.guides import prototype_model, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.owner import ModelOwner
-from pyro_lightning.params import isolate_
+from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import draws_at_once, sample_globals
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
@@ -204,32 +204,30 @@ class PyroSVIModule(LightningModule, ModelOwner):
         Outside inference mode, whose tensors cannot train; the guide's prototype without
         gradients, so that what it remembers can be copied.
         """
+        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
+            complete_contexts(partial(self._warm_up, batch, handled))
+        self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
+        self._initialised = True
+
+    def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
         rows, size = self.num_rows(batch), self._known_size()
         plates, sites = (dict.fromkeys(n, size) for n in (self._data_plates, self._scale_sites))
         args, kwargs = self.model_inputs(batch)
-        isolate_(self, *self.children())
-
-        def handler() -> DataPlateMessenger:
-            return DataPlateMessenger(plates, rows, sites)
-
+        handler = partial(DataPlateMessenger, plates, rows, sites)
         in_model, in_guide = handler(), handler()
-        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
-            model, guide = handled(self.model), handled(self.guide)
-            with (
-                torch.no_grad(),
-                explained((args, kwargs), handler, model),
-                prototype_model(self.guide, lambda fn: handler()(handled(fn))),
-            ):
-                trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
-                poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
-            isolate_(self, *self.children())
-            by_row = plates or row_plates(in_model.sites, rows)
-            refuse_local_latents(self.guide, in_guide.sites, by_row)
-            check_scales(in_model.sites, in_guide.sites, plates)
-            with torch.enable_grad():
-                check_leaves(self._run(batch, rows).loss, self)
-        self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
-        self._initialised = True
+        model, guide = handled(self.model), handled(self.guide)
+        with (
+            torch.no_grad(),
+            explained((args, kwargs), handler, model),
+            prototype_model(self.guide, lambda fn: handler()(handled(fn))),
+        ):
+            trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
+            poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
+        by_row = plates or row_plates(in_model.sites, rows)
+        refuse_local_latents(self.guide, in_guide.sites, by_row)
+        check_scales(in_model.sites, in_guide.sites, plates)
+        with torch.enable_grad():
+            check_leaves(self._run(batch, rows).loss, self)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""

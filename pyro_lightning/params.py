@@ -7,22 +7,27 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
+from pyro.nn.module import _Context
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import constraints, transform_to
 
 
-def isolate_(*roots: Any) -> None:
-    """Make PyroModules that were built under Pyro's default settings usable with local parameters.
+def complete_contexts(run: Callable[[], None]) -> None:
+    """Run something with local parameters, making PyroModules of Pyro's default settings fit.
 
     Pyro gives a PyroModule's context its ``param_state`` only when the setting
-    ``module_local_params`` is on as the module is built, and needs it whenever it is on later.
+    ``module_local_params`` is on as the module is built, and needs it whenever it is on later. The
+    modules are met as they are called, wherever a function took them from; after each, ``run``
+    starts anew.
     """
-    for root in roots:
-        for module in root.modules() if isinstance(root, nn.Module) else ():
-            if isinstance(module, PyroModule) and not hasattr(module._pyro_context, "param_state"):
-                module._pyro_context.param_state = {"params": {}, "constraints": {}}
+    while True:
+        try:
+            return run()
+        except AttributeError as error:
+            if error.name != "param_state" or not isinstance(error.obj, _Context):
+                raise
+            error.obj.param_state = {"params": {}, "constraints": {}}
 
 
 @contextmanager
