@@ -4,7 +4,15 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-from lightning.pytorch import Trainer
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from pyro_lightning import PyroSVIModule
+
+# Lightning says so of every module with a validation step and a bare training loader.
+no_validation = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 
 def quiet_trainer(**options: Any) -> Trainer:
@@ -25,3 +33,115 @@ def normal_mean(x):
     mu = pyro.sample("mu", dist.Normal(0.0, 0.1))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+class RowNormal(dist.Normal):
+    """A Normal whose draw is ``loc + scale * noise``: each row's noise is then its own."""
+
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def expand(self, batch_shape, _instance=None):
+        return RowNormal(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.noise)
+
+    def rsample(self, sample_shape=()):
+        return self.loc + self.scale * self.noise
+
+
+class MixedModel(nn.Module):
+    """Regression with a global intercept and a latent offset of each row, or one of them.
+
+    ``plate`` makes the data plate from the batch, so that one model has it in every style.
+    """
+
+    def __init__(self, plate, latents=("global", "local")):
+        super().__init__()
+        self.plate, self.latents = plate, latents
+        self.slope = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x, y, noise, rows):
+        loc = pyro.sample("intercept", dist.Normal(0.3, 0.5)) if "global" in self.latents else 0.0
+        with self.plate(x, rows):
+            if "local" in self.latents:
+                loc = loc + pyro.sample("offset", dist.Normal(0.2 * x, 0.8))
+            pyro.sample("y", dist.Normal(loc + self.slope * x, 0.6), obs=y)
+
+
+class MixedGuide(nn.Module):
+    """Guide of :class:`MixedModel`; the offset's parameters are computed from its row."""
+
+    def __init__(self, plate, latents=("global", "local")):
+        super().__init__()
+        self.plate, self.latents = plate, latents
+        self.loc = nn.Parameter(torch.tensor(0.1))
+        self.log_scale = nn.Parameter(torch.tensor(-1.0))
+        self.encoder = nn.Parameter(torch.tensor([0.4, -0.3]))
+
+    def forward(self, x, y, noise, rows):
+        if "global" in self.latents:
+            pyro.sample("intercept", dist.Normal(self.loc, self.log_scale.exp()))
+        if "local" in self.latents:
+            loc = self.encoder[0] * (y - 0.5 * x)
+            with self.plate(x, rows):
+                pyro.sample("offset", RowNormal(loc, self.encoder[1].exp(), noise))
+
+
+def mixed_rows(count):
+    """Rows of :class:`MixedModel`: x, y, each row's noise, and its number."""
+    generator = torch.Generator().manual_seed(7)
+    x, y, noise = torch.randn(3, count, generator=generator)
+    return x, y + x, noise, torch.arange(count)
+
+
+class StepLosses(Callback):
+    """Keeps what ``training_step`` returned at each step, drawn with the noise of one seed."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+        self.batches: list[Any] = []
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.manual_seed(self.seed)
+        self.batches.append(batch)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].detach())
+
+
+def assert_equal_to_pyro(elbo, ours, theirs, arguments, dataset_size):
+    """Compare values and every gradient; ``ours`` and ``theirs`` are pairs of model and guide."""
+    svi = PyroSVIModule(*ours, elbo=elbo(), dataset_size=dataset_size)
+    svi.loss(arguments)  # makes whatever is lazy
+    parameters = list(svi.parameters())
+    assert parameters
+    torch.manual_seed(3)
+    loss = svi.loss(arguments)
+    torch.manual_seed(3)
+    expected = elbo().differentiable_loss(*theirs, *arguments)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    gradients, wanted = (
+        torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, expected)
+    )
+    assert any(gradient is not None for gradient in wanted)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=0)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        evaluated = svi.loss(arguments)
+        torch.manual_seed(3)
+        assert float(evaluated) == pytest.approx(elbo().loss(*theirs, *arguments), rel=1e-9)
+
+
+def with_plate(part, plate):
+    """The same module, parameters and all, with its plate in another style."""
+
+    def run(*arguments):
+        own, part.plate = part.plate, plate
+        try:
+            return part(*arguments)
+        finally:
+            part.plate = own
+
+    return run
