@@ -67,10 +67,13 @@ class ArrayDataset(Dataset[Any]):
 
     def _cut(self, index: Any) -> Any:
         def take(array: Any) -> torch.Tensor:
+            # Fancy indexing copies the rows alone, so a memmap stays on disk. One row is a view.
             if isinstance(array, torch.Tensor):
-                return array[torch.as_tensor(index)]
-            # Fancy indexing copies the rows alone, so a memmap stays on disk.
-            return torch.as_tensor(array[index])
+                rows = array[torch.as_tensor(index)]
+                return rows.clone() if isinstance(index, int) else rows
+            return torch.as_tensor(
+                np.array(array[index]) if isinstance(index, int) else array[index]
+            )
 
         if isinstance(self.arrays, Mapping):
             return {name: take(array) for name, array in self.arrays.items()}

@@ -1,6 +1,6 @@
 """What a batch holds: its rows, and how its elements become arguments."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,18 @@ def named_tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         for i, value in enumerate(batch):
             yield from named_tensors(value, f"{path}[{i}]")
+
+
+def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply a function to every tensor of a batch, keeping the batch's structure."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        values = [map_tensors(value, change) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
 
 
 def count_rows(batch: Any) -> int:
@@ -104,13 +116,7 @@ def first_rows(batch: Any, count: int) -> Any:
     """
     rows = count_rows(batch)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value[:count].clone() if value.dim() and len(value) == rows else value
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(map(cut, value)) if not hasattr(value, "_fields") else value
-        return value
+    def cut(value: torch.Tensor) -> torch.Tensor:
+        return value[:count].clone() if value.dim() and len(value) == rows else value
 
-    return cut(batch)
+    return map_tensors(batch, cut)

@@ -12,7 +12,13 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_lightning._lightning import stage_loader, transferred
-from pyro_lightning.batches import batch_arguments, count_rows, example_batch, first_rows
+from pyro_lightning.batches import (
+    batch_arguments,
+    count_rows,
+    example_batch,
+    first_rows,
+    map_tensors,
+)
 from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.elbo import Estimate, estimate_elbo
@@ -205,6 +211,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         gradients, so that what it remembers can be copied.
         """
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
+            batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             complete_contexts(partial(self._warm_up, batch, handled))
         self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
         self._initialised = True

@@ -43,14 +43,18 @@ def sample_globals(
     draw = partial(_globals, guide, args, kwargs, set(plates))
     if not at_once:
         draws = [draw() for _ in range(num_samples)]
-        return {name: torch.stack([sites[name]["value"] for sites in draws]) for name in draws[0]}
+        return {
+            name: torch.stack([sites[name]["value"].detach() for sites in draws])
+            for name in draws[0]
+        }
     single = draw()
     # The new plate must stand left of every plate of the guide.
     depth = max((-f.dim for s in single.values() for f in s["cond_indep_stack"]), default=0)
     with pyro.plate("_num_samples", num_samples, dim=-1 - depth):
         sites = draw()
+    # Cloned, since what a point estimate draws is its parameter itself.
     return {
-        name: site["value"].reshape(num_samples, *single[name]["value"].shape)
+        name: site["value"].detach().reshape(num_samples, *single[name]["value"].shape).clone()
         for name, site in sites.items()
     }
 

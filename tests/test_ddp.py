@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_fit import B, DATA, EPOCHS, N
+from ddp_fit import DATA, EPOCHS, B, N
 
 HERE = Path(__file__).parent
 SD = (100 + N) ** -0.5

@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 
+# Lightning's advice to install a logger, which a reader sees once.
+@pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed as a dependency")
 def test_the_quick_start_finds_the_coefficients(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the Trainer of the quick start logs and writes checkpoints
     text = (Path(__file__).parents[1] / "README.md").read_text()

@@ -1,0 +1,190 @@
+"""Copies are whole, and leave what was copied as it was."""
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from support import quiet_trainer
+from torch import nn
+
+from pyro_lightning import ArrayDataModule, PyroSVIModule
+
+N = 50
+X = torch.randn(N, generator=torch.Generator().manual_seed(5)) + 1.0
+
+
+def model(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, sigma), obs=x)
+
+
+def list_guide():
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["mu"])))
+    guide.append(AutoDelta(poutine.block(model, expose=["sigma"])))
+    return guide
+
+
+class Methods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_noise = nn.Parameter(torch.zeros(()))
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, self.log_noise.exp()), obs=x)
+
+    def guide(self, x):
+        pyro.sample("mu", dist.Normal(self.loc, 0.1))
+
+
+class OwnModel(PyroSVIModule):
+    def __init__(self):
+        super().__init__(guide=AutoMultivariateNormal, dataset_size=N)
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        model(x - self.shift)
+
+
+def from_functions(guide):
+    return PyroSVIModule(model, guide, dataset_size=N)
+
+
+def from_methods():
+    both = Methods()
+    return PyroSVIModule(both.model, both.guide, dataset_size=N)
+
+
+def bare_params():
+    def guide(x):
+        pyro.sample("mu", dist.Delta(pyro.param("mu_loc", torch.tensor(0.1))))
+        positive = dist.constraints.positive
+        scale = pyro.param("sigma_loc", torch.tensor(0.7), constraint=positive)
+        pyro.sample("sigma", dist.Delta(scale))
+
+    return from_functions(guide)
+
+
+MODULES = {
+    "autoguide": lambda: from_functions(AutoNormal),
+    "joint autoguide": lambda: from_functions(AutoMultivariateNormal),
+    "guide list": lambda: from_functions(list_guide()),
+    "bound methods": from_methods,
+    "bare params": bare_params,
+    "subclass": OwnModel,
+}
+
+
+def fit(svi):
+    quiet_trainer(max_epochs=2).fit(svi, datamodule=ArrayDataModule(X, batch_size=10))
+
+
+def values(svi):
+    return {name: p.detach().clone() for name, p in svi.named_parameters()}
+
+
+def seeded_loss(svi):
+    torch.manual_seed(0)
+    return svi.loss(X[:10]).detach()
+
+
+@pytest.fixture(params=MODULES)
+def svi(request):
+    return MODULES[request.param]()
+
+
+def check_apart(one, other):
+    """Train ``one``: it moves, in all its parameters, and ``other`` does not."""
+    seeded_loss(one), seeded_loss(other)
+    ours, theirs = values(one), values(other)
+    fit(one)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    assert not any(torch.equal(p, ours[name]) for name, p in one.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in other.named_parameters())
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_copy_and_original_train_apart(svi, initialised):
+    if initialised:
+        fit(svi)
+    copied = copy.deepcopy(svi)
+    check_apart(copied, svi)
+    check_apart(svi, copied)
+
+
+def test_a_copy_of_a_fitted_module_is_equal_to_it(svi):
+    fit(svi)
+    copied = copy.deepcopy(svi)
+    assert all(torch.equal(p, values(svi)[name]) for name, p in copied.named_parameters())
+    assert torch.equal(seeded_loss(copied), seeded_loss(svi))
+    torch.manual_seed(0)
+    ours = svi.posterior_samples(3)
+    torch.manual_seed(0)
+    theirs = copied.posterior_samples(3)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_copying_leaves_the_live_autoguide_its_model_and_master(initialised):
+    svi = from_functions(list_guide())
+    if initialised:
+        svi.loss(X)
+    parts = [svi.guide, *svi.guide]
+    before = [(part.model, part.master) for part in parts]
+    copied = copy.deepcopy(svi)
+    for part, (fn, master) in zip([svi.guide, *svi.guide], before, strict=True):
+        assert part.model is fn
+        assert part.master is master
+    assert copied.guide is not svi.guide
+    assert copied.guide.model is not None
+    for part in copied.guide:
+        assert part.master() is copied.guide
+        assert part.model is not None
+
+
+def test_a_copy_of_bound_methods_is_bound_to_the_copied_module():
+    svi = from_methods()
+    copied = copy.deepcopy(svi)
+    assert copied.model.__self__ is copied.guide.__self__
+    assert copied.model.__self__ is not svi.model.__self__
+    assert {id(p) for p in copied.parameters()} == {
+        id(p) for p in copied.model.__self__.parameters()
+    }
+
+
+def test_a_copy_within_a_container_is_whole():
+    svi = from_functions(AutoNormal)
+    svi.loss(X)
+    both = copy.deepcopy({"one": svi, "again": svi})
+    assert both["one"] is both["again"]
+    check_apart(both["one"], svi)
+
+
+def test_copying_the_guide_itself_leaves_the_module_working():
+    svi = from_functions(AutoNormal)
+    svi.loss(X)
+    copy.deepcopy(svi.guide)
+    expected = seeded_loss(svi)
+    pickle.dumps(svi.guide)
+    assert torch.equal(seeded_loss(svi), expected)
+    assert svi.guide.model is not None
+    fit(svi)
+
+
+def test_a_copied_module_can_be_copied_again():
+    first = from_functions(AutoNormal)
+    fit(first)
+    third = copy.deepcopy(copy.deepcopy(first))
+    check_apart(third, first)
