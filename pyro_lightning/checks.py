@@ -92,8 +92,8 @@ def check_scales(
                 for s in pair
             ]
             raise ValueError(
-                f"latent site '{site['name']}' has scale {float(ours.max()):g} in the model "
-                f"(in {stacks[0]}) but {float(theirs.max()):g} in the guide (in {stacks[1]}): "
+                f"latent site '{site['name']}' has scale {ours.max().item():g} in the model "
+                f"(in {stacks[0]}) but {theirs.max().item():g} in the guide (in {stacks[1]}): "
                 "its two terms of the ELBO would not cancel. Give the guide the model's plates, by "
                 "the same names and with the rows of the batch; scale only what stands in them."
             )

@@ -97,7 +97,7 @@ def estimate_elbo(
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"
         )
-        raise ValueError(f"the loss is {float(loss)}: {report}")
+        raise ValueError(f"the loss is {loss.item()}: {report}")
     if (plates or scale_sites) and not in_model.scaled_observations:
         _refuse_unscaled(in_model, plates, scale_sites or {})
     return Estimate(loss, in_model.sites, in_guide.sites)
