@@ -1,11 +1,10 @@
 """The LightningModule that owns model, guide and ELBO."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -22,18 +21,34 @@ from pyro_lightning.batches import (
 from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.guides import prototype_model, refuse_local_latents, row_plates
+from pyro_lightning.guides import (
+    cut_plates,
+    make_prototypes,
+    parts_of,
+    refuse_local_latents,
+    row_plates,
+)
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
-from pyro_lightning.posterior import draws_at_once, sample_globals
+from pyro_lightning.plates import read_data_plates, read_names
+from pyro_lightning.posterior import draws_at_once, sample_latents, sites_of_data
+from pyro_lightning.row_hooks import RowHooks
+from pyro_lightning.row_optim import rowwise
+from pyro_lightning.rows import IndexedBatch, data_of, row_source
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
+from pyro_lightning.tables import (
+    FullSizeMessenger,
+    PriorMessenger,
+    plates_of_prototype,
+    without_sites,
+)
 
 _STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
 
-class PyroSVIModule(LightningModule, ModelOwner):
+class PyroSVIModule(RowHooks, ModelOwner):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -56,8 +71,11 @@ class PyroSVIModule(LightningModule, ModelOwner):
         elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
         optimizer: A callable from parameters to a torch optimizer; Adam at 1e-2 by default.
         lr_scheduler: A callable from the optimizer to a scheduler, or to Lightning's dict of one.
-        data_plate: Name, or names, of the plate over observations. None scales nothing: for a
-            model that scales itself by :meth:`scale_factor`, or has local latents only.
+        data_plate: Name, or names, of the plate over observations. A dict of sizes where plates
+            cross, as rows by columns: ``{"users": n_users, "items": n_items}``; the first is over
+            the rows of a batch, the B of another is its own size in the model. None scales
+            nothing: for a model that scales itself by :meth:`scale_factor`, or has local latents
+            only.
         scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
         dataset_size: N, where it cannot or should not be read from the training data.
 
@@ -88,7 +106,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         *,
-        data_plate: str | Sequence[str] | None = "data",
+        data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
     ) -> None:
@@ -98,11 +116,17 @@ class PyroSVIModule(LightningModule, ModelOwner):
         self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
         check_optimizer(self._optimizer)
         self._lr_scheduler = lr_scheduler
-        self._data_plates = _names(data_plate, "data_plate")
-        self._scale_sites = _names(scale_sites, "scale_sites")
+        self._data_plates, self._columns = read_data_plates(data_plate)
+        self._scale_sites = read_names(scale_sites, "scale_sites")
+        stated = next(iter(self._data_plates.values()), None)
         if dataset_size is not None and dataset_size < 1:
             raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
-        self._given_size = self._dataset_size = dataset_size
+        if dataset_size is not None and stated not in (None, dataset_size):
+            raise ValueError(
+                f"dataset_size={dataset_size}, but data_plate states {stated} for the plate over "
+                "the rows of a batch: they are the same N"
+            )
+        self._given_size = self._dataset_size = dataset_size or stated
         self._mean_batch_size: float | None = None
         self._prototype: Any = None
         self._initialised = False
@@ -144,7 +168,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
 
     def scale_factor(self, batch: Any) -> float:
         """N/B, for a model with ``data_plate=None`` that uses ``poutine.scale`` itself."""
-        return self._known_size() / self.num_rows(batch)
+        return self._known_size() / self.num_rows(data_of(batch))
 
     def batch_weight(self, batch: Any) -> float:
         """What multiplies a batch's loss in training, so that observations weigh the same.
@@ -152,7 +176,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
         :func:`pyro_lightning.batch_weight`.
         """
-        return batch_weight(self.num_rows(batch), self._mean_batch_size)
+        return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
 
     # -- loss ----------------------------------------------------------------------------------
 
@@ -175,8 +199,8 @@ class PyroSVIModule(LightningModule, ModelOwner):
         """
         return self._estimate(batch).loss
 
-    def _estimate(self, batch: Any) -> Estimate:
-        size, rows = self._known_size(), self.num_rows(batch)
+    def _estimate(self, batch: Any, held_out: bool = False) -> Estimate:
+        size, rows = self._known_size(), self.num_rows(data_of(batch))
         if not self._initialised:
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
@@ -185,22 +209,24 @@ class PyroSVIModule(LightningModule, ModelOwner):
                 f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
                 f"State it: {_STATE_N}."
             )
-        return self._run(batch, rows)
+        return self._run(batch, held_out)
 
-    def _run(self, batch: Any, rows: int) -> Estimate:
-        args, kwargs = self.model_inputs(batch)
+    def _handler(self, batch_size: int) -> Callable[[], DataPlateMessenger]:
+        """Make what scales model and guide, for a batch."""
         size = self._known_size()
-        with self._isolated() as handled:
-            return estimate_elbo(
-                self.elbo,
-                handled(self.model),
-                handled(self.guide),
-                args,
-                kwargs,
-                plates=dict.fromkeys(self._data_plates, size),
-                batch_size=rows,
-                scale_sites=dict.fromkeys(self._scale_sites, size),
-            )
+        plates = {name: stated or size for name, stated in self._data_plates.items()}
+        sites = dict.fromkeys(self._scale_sites, size)
+        return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
+
+    def _run(self, batch: Any, held_out: bool = False) -> Estimate:
+        data = data_of(batch)
+        rows = self.num_rows(data)
+        args, kwargs = self.model_inputs(data)
+        with self._isolated() as handled, self._rows_of(batch, rows, held_out) as unseen:
+            model, guide = handled(self.model), handled(self.guide)
+            if unseen:
+                model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
+            return estimate_elbo(self.elbo, model, guide, args, kwargs, self._handler(rows))
 
     # -- life cycle ----------------------------------------------------------------------------
 
@@ -213,28 +239,37 @@ class PyroSVIModule(LightningModule, ModelOwner):
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             complete_contexts(partial(self._warm_up, batch, handled))
-        self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
+        data = data_of(batch)
+        self._prototype = first_rows(data, 2) if type(self).num_rows is _NUM_ROWS else data
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
-        rows, size = self.num_rows(batch), self._known_size()
-        plates, sites = (dict.fromkeys(n, size) for n in (self._data_plates, self._scale_sites))
-        args, kwargs = self.model_inputs(batch)
-        handler = partial(DataPlateMessenger, plates, rows, sites)
+        data = data_of(batch)
+        rows, plates = self.num_rows(data), self._row_plates()
+        args, kwargs = self.model_inputs(data)
+        handler, identities = self._handler(rows), self._count_rows()
         in_model, in_guide = handler(), handler()
         model, guide = handled(self.model), handled(self.guide)
-        with (
-            torch.no_grad(),
-            explained((args, kwargs), handler, model),
-            prototype_model(self.guide, lambda fn: handler()(handled(fn))),
-        ):
-            trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
+        with torch.no_grad(), explained((args, kwargs), handler, model):
+            make_prototypes(
+                self.guide,
+                guide,
+                lambda fn: FullSizeMessenger(plates, identities)(handler()(handled(fn))),
+                partial(plates_of_prototype, parts_of(self.guide), plates, rows, identities),
+                (args, kwargs),
+            )
+            if not isinstance(batch, IndexedBatch):
+                batch = IndexedBatch(data, torch.arange(rows) % identities)
+            with self._rows_of(batch, rows, held_out=False):
+                trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
-        by_row = plates or row_plates(in_model.sites, rows)
-        refuse_local_latents(self.guide, in_guide.sites, by_row)
-        check_scales(in_model.sites, in_guide.sites, plates)
+        by_row = cut_plates(in_model) if self._data_plates else row_plates(in_model.sites, rows)
+        served = {table.site for table in self._tables()}
+        refuse_local_latents(self.guide, in_guide.sites, by_row, served)
+        self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
+        check_scales(in_model.sites, in_guide.sites, self._data_plates)
         with torch.enable_grad():
-            check_leaves(self._run(batch, rows).loss, self)
+            check_leaves(self._run(batch).loss, self)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -248,8 +283,14 @@ class PyroSVIModule(LightningModule, ModelOwner):
             batch = None if self._initialised or loader is None else self._first_batch(loader)
         if training:
             self._mean_batch_size = None
+            source = row_source(loader)
+            self._identities = source.identities if source else None
+        elif self._identities is None:
+            self._identities = getattr(self.trainer.datamodule, "identities", None)  # type: ignore[attr-defined]
         if batch is not None:
             self._initialise(batch)
+        if training:
+            self._number_rows(source)
 
     def _resolve_size(self, loader: Any) -> int:
         if self._given_size is not None:
@@ -282,7 +323,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
                 "there is nothing to train: neither model nor guide has a parameter. Use an "
                 "autoguide, or give the guide parameters."
             )
-        optimizer = self._optimizer(parameters)
+        optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
@@ -300,22 +341,23 @@ class PyroSVIModule(LightningModule, ModelOwner):
             # smaller one weighs less; the constant factor that is left moves no optimum.
             trainer = self.trainer
             mean = mean_batch_size(trainer.train_dataloader, trainer.num_training_batches)
-            self._mean_batch_size = float(self.num_rows(batch)) if mean is None else mean
+            rows = self.num_rows(data_of(batch))
+            self._mean_batch_size = float(rows) if mean is None else mean
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N."""
-        self._logged("val", batch)
+        self._logged("val", batch, held_out=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._logged("test", batch)
+        self._logged("test", batch, held_out=True)
 
-    def _logged(self, stage: str, batch: Any) -> tuple[torch.Tensor, bool]:
+    def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Log a batch's loss; tells with it whether it is the whole training set's."""
-        estimate = self._estimate(batch)
-        size, rows = self._known_size(), self.num_rows(batch)
+        estimate = self._estimate(batch, held_out)
+        size, rows = self._known_size(), self.num_rows(data_of(batch))
         # Without data plate a model either scales itself, or its loss is its batch's alone.
         whole = bool(self._data_plates or self._scale_sites) or any(
             _is_scaled(site) for site in observed(estimate.model_sites)
@@ -333,18 +375,23 @@ class PyroSVIModule(LightningModule, ModelOwner):
     # -- results -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def posterior_samples(self, num_samples: int) -> dict[str, torch.Tensor]:
-        """Draw the global latents from the guide; needs no data.
+    def posterior_samples(self, num_samples: int, rows: Any = None) -> dict[str, torch.Tensor]:
+        """Draw latents from the guide; needs no data.
 
         Args:
             num_samples: Number of draws.
+            rows: Row numbers in the training set, whose local latents are drawn jointly with the
+                globals; for guides with parameters of each row.
 
         Returns:
-            Draws by site, ``(num_samples, *shape of the site)``, on the module's device, without
-            gradient. Latents inside the data plate are left out.
+            Draws by site, on the module's device, without gradient: global latents,
+            ``(num_samples, *shape of the site)``; with ``rows``, local latents as well,
+            ``(num_samples, len(rows), *event)``.
 
         Raises:
             RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
+            ValueError: For rows that do not exist or never trained, or whose latents the guide
+                computes from data.
         """
         if not self._initialised:
             raise RuntimeError(
@@ -354,21 +401,17 @@ class PyroSVIModule(LightningModule, ModelOwner):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
         args, kwargs = self.model_inputs(batch)
-        plates = dict.fromkeys(self._data_plates, self._known_size())
+        batch, count, local = self._batch_of_rows(batch, self.num_rows(batch), rows)
         at_once = draws_at_once(self.guide)
-        with self._isolated() as handled:
-            guide = DataPlateMessenger(plates, self.num_rows(batch))(handled(self.guide))
-            return sample_globals(guide, args, kwargs, num_samples, plates=plates, at_once=at_once)
+        with self._isolated() as handled, self._rows_of(batch, count, held_out=False):
+            guide = self._handler(count)()(handled(self.guide))
+            plates = self._row_plates()
+            return sample_latents(
+                guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
+            )
 
 
 _NUM_ROWS = PyroSVIModule.num_rows
-
-
-def _names(names: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
-    found = (names,) if isinstance(names, str) else tuple(names or ())
-    if not all(isinstance(name, str) and name for name in found):
-        raise TypeError(f"{argument} must be a name or names, got {names!r}")
-    return found
 
 
 def _is_scaled(site: Any) -> bool:
