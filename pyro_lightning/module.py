@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
@@ -19,16 +18,18 @@ from pyro_lightning.batches import (
     first_rows,
     map_tensors,
 )
-from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
-from pyro_lightning.diagnosis import explained
+from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_sites
 from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.guides import prototype_model, refuse_local_latents, row_plates
+from pyro_lightning.first_run import run_once, run_shorter
+from pyro_lightning.guides import refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import draws_at_once, sample_globals
+from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
+from pyro_lightning.structure import explained_scales
 
 _STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
@@ -60,6 +61,9 @@ class PyroSVIModule(LightningModule, ModelOwner):
             model that scales itself by :meth:`scale_factor`, or has local latents only.
         scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
         dataset_size: N, where it cannot or should not be read from the training data.
+        checks: Whether the first batch's sites are checked for what gives a wrong posterior: no
+            guide or twice one, scales that differ, rows outside the data plate or broadcast. Sizes,
+            parameters that would not train, and losses that are not finite are always checked.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -91,6 +95,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         data_plate: str | Sequence[str] | None = "data",
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
+        checks: bool = True,
     ) -> None:
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
@@ -106,6 +111,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         self._mean_batch_size: float | None = None
         self._prototype: Any = None
         self._initialised = False
+        self._checks = checks
         self._own(model, guide, default_guide=AutoNormal)
 
     # -- hooks ---------------------------------------------------------------------------------
@@ -217,24 +223,21 @@ class PyroSVIModule(LightningModule, ModelOwner):
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
-        rows, size = self.num_rows(batch), self._known_size()
-        plates, sites = (dict.fromkeys(n, size) for n in (self._data_plates, self._scale_sites))
-        args, kwargs = self.model_inputs(batch)
-        handler = partial(DataPlateMessenger, plates, rows, sites)
-        in_model, in_guide = handler(), handler()
-        model, guide = handled(self.model), handled(self.guide)
-        with (
-            torch.no_grad(),
-            explained((args, kwargs), handler, model),
-            prototype_model(self.guide, lambda fn: handler()(handled(fn))),
-        ):
-            trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
-            poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
-        by_row = plates or row_plates(in_model.sites, rows)
-        refuse_local_latents(self.guide, in_guide.sites, by_row)
-        check_scales(in_model.sites, in_guide.sites, plates)
-        with torch.enable_grad():
-            check_leaves(self._run(batch, rows).loss, self)
+        in_model, in_guide = run_once(self, batch, handled)
+        plates = in_model.plates or row_plates(in_model.sites, in_model.batch_size)
+        if self._checks:
+            refuse_local_latents(self.guide, in_guide.sites, plates)
+            counted = type(self).num_rows is _NUM_ROWS  # only such a batch can be cut
+            shorter = partial(run_shorter, self, batch, handled) if counted else None
+            check_sites(in_model, in_guide, self.elbo, plates, shorter)
+        explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
+        with torch.enable_grad(), explained:
+            check_leaves(self._run(batch, in_model.batch_size).loss, self)
+
+    def _handler(self, batch: Any) -> Callable[[], DataPlateMessenger]:
+        names, size = (self._data_plates, self._scale_sites), self._known_size()
+        plates, sites = (dict.fromkeys(each, size) for each in names)
+        return partial(DataPlateMessenger, plates, self.num_rows(batch), sites)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -331,6 +334,17 @@ class PyroSVIModule(LightningModule, ModelOwner):
         return estimate.loss, whole
 
     # -- results -------------------------------------------------------------------------------
+
+    def site_table(self, batch: Any) -> SiteTable:
+        """List every site and parameter: kind, plates, shape, scale, log-probabilities, guide.
+
+        Works where the checks refuse the model too; needs N. Leaves parameters, buffers and random
+        states as they are. Print it, or hand it to ``rich.print``.
+
+        Args:
+            batch: B rows, on the module's device.
+        """
+        return table_of_sites(self, batch)
 
     @torch.no_grad()
     def posterior_samples(self, num_samples: int) -> dict[str, torch.Tensor]:
