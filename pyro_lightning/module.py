@@ -61,9 +61,10 @@ class PyroSVIModule(LightningModule, ModelOwner):
             model that scales itself by :meth:`scale_factor`, or has local latents only.
         scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
         dataset_size: N, where it cannot or should not be read from the training data.
-        checks: Whether the first batch's sites are checked for what gives a wrong posterior: no
-            guide or twice one, scales that differ, rows outside the data plate or broadcast. Sizes,
-            parameters that would not train, and losses that are not finite are always checked.
+        checks: Whether sites and shapes are checked on the first batch: guide and model that do not
+            match, scales that differ, rows outside the data plate or broadcast, autoguides with
+            latents of rows. Sizes, parameters that would not train, a likelihood that is not
+            scaled, and losses that are not finite are errors in any case.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.

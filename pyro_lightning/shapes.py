@@ -148,29 +148,33 @@ def check_growth(
     except Exception as error:
         site = messages[next(iter(suspects))]
         raise ValueError(
-            f"{described(site)} stands outside the data plate and has a dimension of B = {rows}, "
-            f"and the model does not run on {rows - 1} rows, which would tell whether it grows "
-            f"with the batch ({type(error).__name__}: {error}). If it does, {_growth_remedy(site)} "
-            "If it is of that size by chance, let the model take any number of rows, as smaller "
-            f"batches need, or pass checks=False. {SEE_TABLE}"
+            f"{described(site)} stands outside the data plate and has a dimension of B = {rows}; "
+            f"whether it grows with the batch is not known, since the model does not run on "
+            f"{rows - 1} rows ({type(error).__name__}: {error}). If it grows, "
+            f"{_into_plate(site, plates)}. If its size is B by chance, let the model take any "
+            f"number of rows, as a smaller last batch needs, or pass checks=False. {SEE_TABLE}"
         ) from error
     for name, before in suspects.items():
         if again.get(name) != before:
-            now = again[name][-1] if name in again else "no site"
+            site = messages[name]
+            now = f"shape {again[name][-1]}" if name in again else "no such site"
             raise ValueError(
-                f"{described(messages[name])} stands outside the data plate and grows with the "
-                f"batch: {before[-1]} with {rows} rows, {now} with {rows - 1}. Its terms would not "
-                "be scaled by N/B, though the data plate's are. If so meant, it needs the rows: "
-                f"{_growth_remedy(messages[name])} {SEE_TABLE}"
+                f"{described(site)} stands outside the data plate and grows with the batch: shape "
+                f"{before[-1]} with {rows} rows, {now} with {rows - 1}. Its terms would not be "
+                "scaled by N/B, and those of the data plate are. To scale it as well, "
+                f"{_into_plate(site, plates)}. {SEE_TABLE}"
             )
 
 
-def _growth_remedy(site: Any) -> str:
-    move = "move it into `with pyro.plate('data', len(x))`"
-    names = ", ".join(f"'{f.name}'" for f in site["cond_indep_stack"])
-    plates = f", name its plate too (data_plate=('data', {names}))" if names else ""
-    scale = f", or name it: scale_sites=('{site['name']}',)" if site["is_observed"] else ""
-    return f"{move}{plates}{scale}."
+def _into_plate(site: Any, plates: set[str]) -> str:
+    names = sorted(plates) or ["data"]
+    ways = [f"move it into `with pyro.plate('{names[0]}', len(x))`"]
+    if site["cond_indep_stack"]:
+        names += [frame.name for frame in site["cond_indep_stack"]]
+        ways.append(f"name its plate too: data_plate=({', '.join(map(repr, names))})")
+    if site["is_observed"]:
+        ways.append(f"name it: scale_sites=('{site['name']}',)")
+    return ", or ".join(ways)
 
 
 def _shapes(site: Any) -> tuple[tuple[int, ...], ...]:

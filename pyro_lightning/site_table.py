@@ -126,7 +126,9 @@ class SiteTable(Sequence[SiteRow]):
                 'this rendering needs rich: pip install "pyro-lightning[rich]"; print(table) '
                 "needs nothing"
             ) from error
-        table = Table(*_HEADINGS, caption="\n".join(self._problems()) or None)
+        table = Table(caption="\n".join(self._problems()) or None)
+        for heading in _HEADINGS:
+            table.add_column(heading, overflow="fold")
         for row in self.rows:
             table.add_row(*row.cells())
         return table
@@ -163,7 +165,7 @@ def table_of_sites(module: Any, batch: Any) -> SiteTable:
 
 def _row(model_site: Any, guide_site: Any, plates: Iterable[str], module: Any) -> SiteRow:
     site = guide_site if model_site is None else model_site
-    stack = site["cond_indep_stack"][::-1]
+    stack = site["cond_indep_stack"]
     if site["infer"].get("_deterministic"):
         kind = "deterministic"
     elif model_site is None:
@@ -182,7 +184,7 @@ def _row(model_site: Any, guide_site: Any, plates: Iterable[str], module: Any) -
         scale=float(torch.as_tensor(site["scale"]).max()),
         log_prob=log_prob,
         log_q=log_q,
-        guide=_guided_by(site, guide_site, module.guide, module.elbo),
+        guide=_guided_by(model_site, guide_site, module.guide, module.elbo),
         problem=problems,
     )
 
@@ -203,16 +205,15 @@ def _log_probs(*sites: Any) -> tuple[list[float | None], str]:
     return sums, "; ".join(problems)
 
 
-def _guided_by(site: Any, guide_site: Any, guide: Any, elbo: Any) -> str:
-    if site["is_observed"]:
-        return "-"
+def _guided_by(model_site: Any, guide_site: Any, guide: Any, elbo: Any) -> str:
     if guide_site is None:
-        return "enumerated" if is_enumerated(site, elbo) else "-"
+        latent = not model_site["is_observed"]
+        return "enumerated" if latent and is_enumerated(model_site, elbo) else "-"
     enumerated = ", enumerated" if is_enumerated(guide_site, elbo) else ""
-    return _part_name(site["name"], guide) + enumerated
+    return _part_name(guide_site["name"], guide, model_site is not None) + enumerated
 
 
-def _part_name(name: str, guide: Any) -> str:
+def _part_name(name: str, guide: Any, latent: bool) -> str:
     """Name the part of a guide that has a site: its class, and where it is in the guide."""
     if not isinstance(guide, nn.Module):
         return "guide function"
@@ -226,6 +227,7 @@ def _part_name(name: str, guide: Any) -> str:
         and part.prototype_trace is not None
         and name in part.prototype_trace.nodes
     ]
-    for path, part in holding or (callables if len(callables) == 1 else []):
+    rest = callables if latent and len(callables) == 1 else []
+    for path, part in holding or rest:
         return f"{type(part).__name__} ({path})" if path else type(part).__name__
     return type(guide).__name__
