@@ -6,6 +6,7 @@ from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
+from pyro_lightning.site_table import SiteTable
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",
+    "SiteTable",
     "batch_weight",
     "dataset_size_of",
     "mean_batch_size",

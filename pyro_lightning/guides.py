@@ -14,6 +14,7 @@ from torch import nn
 
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.structure import SEE_TABLE
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +135,7 @@ def refuse_local_latents(
                     f"poutine.block(model, expose=['{name}']), to another guide of the global "
                     "latents. Or write an amortised guide: a function of the batch with "
                     f"`pyro.sample('{name}', ...)` inside `pyro.plate('{local[name]}', len(x))`, "
-                    "its parameters computed from the row by a network."
+                    f"its parameters computed from the row by a network. {SEE_TABLE}"
                 )
 
 

@@ -5,50 +5,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_lightning._lightning import stage_loader, transferred
-from pyro_lightning.batches import (
-    batch_arguments,
-    count_rows,
-    example_batch,
-    first_rows,
-    map_tensors,
-)
-from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
-from pyro_lightning.diagnosis import explained
-from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.guides import (
-    cut_plates,
-    make_prototypes,
-    parts_of,
-    refuse_local_latents,
-    row_plates,
-)
-from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.owner import ModelOwner
-from pyro_lightning.params import complete_contexts
+from pyro_lightning.checks import check_elbo, check_optimizer
+from pyro_lightning.elbo import Estimate
+from pyro_lightning.handlers import observed
+from pyro_lightning.life_cycle import STATE_N, LifeCycle
 from pyro_lightning.plates import read_data_plates, read_names
-from pyro_lightning.posterior import draws_at_once, sample_latents, sites_of_data
-from pyro_lightning.row_hooks import RowHooks
-from pyro_lightning.row_optim import rowwise
-from pyro_lightning.rows import IndexedBatch, data_of, row_source
-from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
-from pyro_lightning.states import preserved_state
-from pyro_lightning.tables import (
-    FullSizeMessenger,
-    PriorMessenger,
-    plates_of_prototype,
-    without_sites,
-)
-
-_STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
+from pyro_lightning.posterior import draws_at_once, sample_latents
+from pyro_lightning.rows import data_of
+from pyro_lightning.site_table import SiteTable, table_of_sites
+from pyro_lightning.sizes import batch_weight, mean_batch_size
 
 
-class PyroSVIModule(RowHooks, ModelOwner):
+class PyroSVIModule(LifeCycle):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -78,6 +50,10 @@ class PyroSVIModule(RowHooks, ModelOwner):
             only.
         scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
         dataset_size: N, where it cannot or should not be read from the training data.
+        checks: Whether sites and shapes are checked on the first batch: guide and model that do not
+            match, scales that differ, rows outside the data plate or broadcast, autoguides with
+            latents of rows. Sizes, parameters that would not train, a likelihood that is not
+            scaled, and losses that are not finite are errors in any case.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -109,6 +85,7 @@ class PyroSVIModule(RowHooks, ModelOwner):
         data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
+        checks: bool = True,
     ) -> None:
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
@@ -130,41 +107,10 @@ class PyroSVIModule(RowHooks, ModelOwner):
         self._mean_batch_size: float | None = None
         self._prototype: Any = None
         self._initialised = False
+        self._checks = checks
         self._own(model, guide, default_guide=AutoNormal)
 
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def model_inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Turn a batch into the arguments of model and guide; override for other batches.
-
-        A tuple or list becomes positional arguments, a mapping keywords, a tensor one argument.
-
-        Returns:
-            Positional arguments and keyword arguments.
-        """
-        return batch_arguments(batch)
-
-    def num_rows(self, batch: Any) -> int:
-        """Count B, the observations in a batch; override where rows are counted otherwise.
-
-        Raises:
-            ValueError: When the batch is empty or its tensors disagree.
-        """
-        return count_rows(batch)
-
-    # -- sizes ---------------------------------------------------------------------------------
-
-    @property
-    def dataset_size(self) -> int | None:
-        """N, the number of observations in the training set; None until it is known."""
-        return self._dataset_size
-
-    def _known_size(self) -> int:
-        if self._dataset_size is None:
-            raise RuntimeError(
-                f"N, the number of training observations, is not known yet. State it: {_STATE_N}."
-            )
-        return self._dataset_size
+    # -- loss ----------------------------------------------------------------------------------
 
     def scale_factor(self, batch: Any) -> float:
         """N/B, for a model with ``data_plate=None`` that uses ``poutine.scale`` itself."""
@@ -177,8 +123,6 @@ class PyroSVIModule(RowHooks, ModelOwner):
         :func:`pyro_lightning.batch_weight`.
         """
         return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
-
-    # -- loss ----------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Estimate the negative ELBO of the whole training set from one batch.
@@ -207,129 +151,9 @@ class PyroSVIModule(RowHooks, ModelOwner):
         if rows > size and torch.is_grad_enabled():
             raise ValueError(
                 f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
-                f"State it: {_STATE_N}."
+                f"State it: {STATE_N}."
             )
         return self._run(batch, held_out)
-
-    def _handler(self, batch_size: int) -> Callable[[], DataPlateMessenger]:
-        """Make what scales model and guide, for a batch."""
-        size = self._known_size()
-        plates = {name: stated or size for name, stated in self._data_plates.items()}
-        sites = dict.fromkeys(self._scale_sites, size)
-        return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
-
-    def _run(self, batch: Any, held_out: bool = False) -> Estimate:
-        data = data_of(batch)
-        rows = self.num_rows(data)
-        args, kwargs = self.model_inputs(data)
-        with self._isolated() as handled, self._rows_of(batch, rows, held_out) as unseen:
-            model, guide = handled(self.model), handled(self.guide)
-            if unseen:
-                model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
-            return estimate_elbo(self.elbo, model, guide, args, kwargs, self._handler(rows))
-
-    # -- life cycle ----------------------------------------------------------------------------
-
-    def _initialise(self, batch: Any) -> None:
-        """Make every parameter and check model and guide, on one batch; leave all else as it was.
-
-        Outside inference mode, whose tensors cannot train; the guide's prototype without
-        gradients, so that what it remembers can be copied.
-        """
-        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
-            batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
-            complete_contexts(partial(self._warm_up, batch, handled))
-        data = data_of(batch)
-        self._prototype = first_rows(data, 2) if type(self).num_rows is _NUM_ROWS else data
-        self._initialised = True
-
-    def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
-        data = data_of(batch)
-        rows, plates = self.num_rows(data), self._row_plates()
-        args, kwargs = self.model_inputs(data)
-        handler, identities = self._handler(rows), self._count_rows()
-        in_model, in_guide = handler(), handler()
-        model, guide = handled(self.model), handled(self.guide)
-        with torch.no_grad(), explained((args, kwargs), handler, model):
-            make_prototypes(
-                self.guide,
-                guide,
-                lambda fn: FullSizeMessenger(plates, identities)(handler()(handled(fn))),
-                partial(plates_of_prototype, parts_of(self.guide), plates, rows, identities),
-                (args, kwargs),
-            )
-            if not isinstance(batch, IndexedBatch):
-                batch = IndexedBatch(data, torch.arange(rows) % identities)
-            with self._rows_of(batch, rows, held_out=False):
-                trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
-            poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
-        by_row = cut_plates(in_model) if self._data_plates else row_plates(in_model.sites, rows)
-        served = {table.site for table in self._tables()}
-        refuse_local_latents(self.guide, in_guide.sites, by_row, served)
-        self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
-        check_scales(in_model.sites, in_guide.sites, self._data_plates)
-        with torch.enable_grad():
-            check_leaves(self._run(batch).loss, self)
-
-    def setup(self, stage: str) -> None:
-        """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
-        if stage == "predict":
-            return
-        training = stage == "fit"
-        with preserved_state(self):  # a user's hook or data set may draw random numbers
-            loader = stage_loader(self.trainer, stage)
-            if training or self._dataset_size is None:
-                self._dataset_size = self._resolve_size(loader if training else None)
-            batch = None if self._initialised or loader is None else self._first_batch(loader)
-        if training:
-            self._mean_batch_size = None
-            source = row_source(loader)
-            self._identities = source.identities if source else None
-        elif self._identities is None:
-            self._identities = getattr(self.trainer.datamodule, "identities", None)  # type: ignore[attr-defined]
-        if batch is not None:
-            self._initialise(batch)
-        if training:
-            self._number_rows(source)
-
-    def _resolve_size(self, loader: Any) -> int:
-        if self._given_size is not None:
-            return self._given_size
-        stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
-        if stated is not None:
-            return int(stated)
-        if loader is None:
-            raise ValueError(
-                "N, the number of training observations, is not known, and is never taken from "
-                f"validation or test data. Fit first, or state it: {_STATE_N}."
-            )
-        return dataset_size_of(loader)
-
-    def _first_batch(self, loader: Any) -> Any:
-        # Lightning converts the module after set-up; the parameters to be made need it before.
-        self.trainer.precision_plugin.convert_module(self)
-        with torch.inference_mode(False):
-            batch = example_batch(loader)
-            return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
-
-    def configure_optimizers(self) -> Any:
-        """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
-
-        A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
-        """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "there is nothing to train: neither model nor guide has a parameter. Use an "
-                "autoguide, or give the guide parameters."
-            )
-        optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -374,6 +198,17 @@ class PyroSVIModule(RowHooks, ModelOwner):
 
     # -- results -------------------------------------------------------------------------------
 
+    def site_table(self, batch: Any) -> SiteTable:
+        """List every site and parameter: kind, plates, shape, scale, log-probabilities, guide.
+
+        Works where the checks refuse the model too; needs N. Leaves parameters, buffers and random
+        states as they are. Print it, or hand it to ``rich.print``.
+
+        Args:
+            batch: B rows, on the module's device.
+        """
+        return table_of_sites(self, batch)
+
     @torch.no_grad()
     def posterior_samples(self, num_samples: int, rows: Any = None) -> dict[str, torch.Tensor]:
         """Draw latents from the guide; needs no data.
@@ -409,9 +244,6 @@ class PyroSVIModule(RowHooks, ModelOwner):
             return sample_latents(
                 guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
             )
-
-
-_NUM_ROWS = PyroSVIModule.num_rows
 
 
 def _is_scaled(site: Any) -> bool:

@@ -35,6 +35,10 @@ class RowHooks(LightningModule):
     def _known_size(self) -> int:
         raise NotImplementedError
 
+    def num_rows(self, batch: Any) -> int:
+        """Count B, the observations in a batch."""
+        raise NotImplementedError
+
     def _tables(self) -> list[RowTable]:
         return row_tables(parts_of(self.guide), self._row_plates())
 
@@ -74,6 +78,12 @@ class RowHooks(LightningModule):
     def _count_rows(self) -> int:
         """How many rows have parameters: those that have a number, or N."""
         return self._known_size() if self._identities is None else self._identities
+
+    def _with_rows(self, batch: Any) -> Any:
+        """Give a first batch some row numbers where nothing says which rows it holds."""
+        if isinstance(batch, IndexedBatch) or _makes_plates(parts_of(self.guide)):
+            return batch
+        return IndexedBatch(batch, torch.arange(self.num_rows(batch)) % self._count_rows())
 
     @contextmanager
     def _rows_of(self, batch: Any, batch_size: int, held_out: bool) -> Iterator[list[str]]:
