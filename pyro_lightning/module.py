@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_lightning._lightning import stage_loader, transferred
+from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import (
     batch_arguments,
     count_rows,
@@ -53,7 +54,11 @@ class PyroSVIModule(LightningModule, ModelOwner):
         model: An ``nn.Module``, ``PyroModule`` or function that takes a batch's elements.
         guide: An autoguide class or ``functools.partial`` of one (called with the model), a guide
             instance, or a guide function.
-        elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
+        elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO``, ``TraceEnum_ELBO`` or
+            ``TraceGraph_ELBO``. For latents in the data plate also ``RenyiELBO``,
+            ``ReweightedWakeSleep`` (whose value is its bound on the log-evidence) and
+            ``TraceTMC_ELBO`` (with global latents drawn once); for global latents ``Trace_MMD``;
+            each of these and ``EnergyDistance`` for any model in batches of all N rows.
         optimizer: A callable from parameters to a torch optimizer; Adam at 1e-2 by default.
         lr_scheduler: A callable from the optimizer to a scheduler, or to Lightning's dict of one.
         data_plate: Name, or names, of the plate over observations. None scales nothing: for a
@@ -84,7 +89,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         self,
         model: Callable[..., Any] | None = None,
         guide: Any = AutoNormal,
-        elbo: ELBO | None = None,
+        elbo: ELBO | EnergyDistance | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         *,
@@ -95,6 +100,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
+        self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
         self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
         check_optimizer(self._optimizer)
         self._lr_scheduler = lr_scheduler
@@ -200,6 +206,8 @@ class PyroSVIModule(LightningModule, ModelOwner):
                 plates=dict.fromkeys(self._data_plates, size),
                 batch_size=rows,
                 scale_sites=dict.fromkeys(self._scale_sites, size),
+                # The first run only checks, and leaves them as they are.
+                baselines=self._baselines if self._initialised else None,
             )
 
     # -- life cycle ----------------------------------------------------------------------------
