@@ -16,7 +16,7 @@ from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 
-from pyro_lightning.losses import SERVED
+from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import untracked_leaves
 
 _JIT = (
@@ -44,12 +44,17 @@ def check_elbo(elbo: Any) -> None:
         )
     if isinstance(elbo, TraceTailAdaptive_ELBO):
         raise TypeError(
-            "TraceTailAdaptive_ELBO has no value, and weighs its particles by their rank over all "
-            "rows, which a batch cannot estimate. Use one of "
-            f"{served}; RenyiELBO has heavier tails than Trace_ELBO too."
+            "TraceTailAdaptive_ELBO has no value to report, and weighs its particles by their rank "
+            f"over all rows, which a batch cannot estimate. Use one of {served}."
         )
+    for cls in REPLACED:
+        if isinstance(elbo, cls) and type(elbo) is not cls:
+            raise TypeError(
+                f"{name} is a subclass of {cls.__name__}, whose loss this library computes itself "
+                f"so that it can be scaled: nothing of {name} would run. Use one of {served}."
+            )
     if not isinstance(elbo, SERVED):
-        raise TypeError(f"elbo must be one of {served}; got {name}")
+        raise TypeError(f"elbo must be an instance of one of {served}; got {name}")
 
 
 def check_optimizer(optimizer: Any) -> None:

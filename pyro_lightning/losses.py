@@ -26,6 +26,8 @@ from pyro_lightning.wake_sleep import wake_sleep_loss
 _SUMS = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, Trace_MMD)
 # Logarithms of a mean over particles: a site's scale would be an exponent of its term.
 _LOG_MEANS = (RenyiELBO, ReweightedWakeSleep, TraceTMC_ELBO)
+# Pyro's own code of these sums rows under one logarithm, or gives no scalar.
+REPLACED = (RenyiELBO, ReweightedWakeSleep)
 SERVED = (*_SUMS, *_LOG_MEANS, EnergyDistance)
 
 
@@ -95,4 +97,4 @@ def _graph_loss(
             value, surrogate = elbo._loss_and_surrogate_loss_particle(model_trace, guide_trace)
         value, surrogate = torch.as_tensor(value), torch.as_tensor(surrogate)
         losses.append(surrogate - surrogate.detach() - value.detach())
-    return torch.stack(losses).sum() / elbo.num_particles
+    return torch.stack(losses).sum() / float(elbo.num_particles)

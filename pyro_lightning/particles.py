@@ -1,6 +1,7 @@
 """Log-densities of an ELBO's particles, kept apart where they are independent."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def log_mean_exp(values: torch.Tensor) -> torch.Tensor:
         >>> float(log_mean_exp(torch.tensor([2.0, 2.0])))
         2.0
     """
-    return values.logsumexp(0) - torch.tensor(float(len(values))).log().to(values)
+    return values.logsumexp(0) - math.log(len(values))
 
 
 def _sites(trace: Any) -> list[Any]:
@@ -95,18 +96,17 @@ def _terms(model_sites: Sequence[Any], guide_sites: Sequence[Any]) -> Particles:
     kept = {dim for _, dim in set.intersection(*plates)} if plates else set()
     # It is the number 0 where the draw carries a gradient.
     scores = (site["score_parts"].score_function for site in guide_sites)
-    return Particles(
-        _total((site["log_prob"] for site in model_sites), kept),
-        _total((site["log_prob"] for site in guide_sites), kept),
-        _total((score for score in scores if isinstance(score, torch.Tensor)), kept),
+    terms = (
+        [site["log_prob"] for site in model_sites],
+        [site["log_prob"] for site in guide_sites],
+        [score for score in scores if isinstance(score, torch.Tensor)],
     )
+    none = terms[0][0].new_zeros(()) if terms[0] else torch.zeros(())
+    totals = (sum((_summed(value, kept) for value in each), start=none) for each in terms)
+    # One shape, since a guide without latents has none, and particles come first when stacked.
+    return Particles(*torch.broadcast_tensors(*totals))  # type: ignore[no-untyped-call]
 
 
-def _total(values: Iterable[torch.Tensor], kept: set[int]) -> torch.Tensor:
-    return sum(_summed(values, kept), start=torch.zeros(()))
-
-
-def _summed(values: Iterable[torch.Tensor], kept: set[int]) -> Iterator[torch.Tensor]:
-    for value in values:
-        others = [dim for dim in range(-value.dim(), 0) if dim not in kept]
-        yield value.sum(others, keepdim=True) if others else value
+def _summed(value: torch.Tensor, kept: set[int]) -> torch.Tensor:
+    others = [dim for dim in range(-value.dim(), 0) if dim not in kept]
+    return value.sum(others, keepdim=True) if others else value

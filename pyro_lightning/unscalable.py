@@ -73,7 +73,7 @@ def refuse_unscalable(
     sites = [s for s in (*model_sites, *guide_sites) if not s["infer"].get("_deterministic")]
     latents = [s for s in sites if not _is_observed(s)]
     if isinstance(elbo, TraceTMC_ELBO):
-        _refuse_idle_draws(latents, guide_sites)
+        _refuse_what_tmc_gets_wrong(latents, guide_sites)
     if isinstance(elbo, Trace_MMD):
         _refuse_subsampled(name, latents, plates)
         for site in latents:
@@ -100,8 +100,8 @@ def refuse_unscalable(
         if isinstance(elbo, TraceTMC_ELBO):
             if site["infer"].get("enumerate") and not _in_data_plate(site, plates):
                 raise ValueError(
-                    f"TraceTMC_ELBO {_LOG_MEAN}, and '{site['name']}', which it enumerates or "
-                    "draws several times, stands outside the data plate: all N rows share that "
+                    f"TraceTMC_ELBO {_LOG_MEAN}, and '{site['name']}', which it draws several "
+                    "times, stands outside the data plate: all N rows share that "
                     "logarithm, and a batch cannot estimate it. Let it draw that site once: leave "
                     f"infer={{'enumerate': ...}} to the latents inside the plate, {_WHOLE}."
                 )
@@ -148,20 +148,19 @@ def _refuse_hand_scaled(name: str, sites: Iterable[Any]) -> None:
             )
 
 
-def _refuse_idle_draws(sites: Iterable[Any], guide_sites: Iterable[Any]) -> None:
-    for site in sites:
-        if site["infer"].get("enumerate") == "sequential":
+def _refuse_what_tmc_gets_wrong(latents: Iterable[Any], guide_sites: Iterable[Any]) -> None:
+    for site in latents:
+        infer = site["infer"]
+        if infer.get("enumerate") and infer.get("num_samples") is None:
             raise ValueError(
-                f"TraceTMC_ELBO adds the logarithms of the values of site '{site['name']}' where "
-                "it should take the logarithm of their sum: write infer={'enumerate': 'parallel'}."
+                f"TraceTMC_ELBO counts the prior of site '{site['name']}' twice where the model "
+                "enumerates all of its values, and never trains the guide where the guide does. "
+                "Use TraceEnum_ELBO, or write infer={'enumerate': 'parallel', 'num_samples': K}."
             )
     for site in guide_sites:
-        infer = site["infer"]
-        summed_out = infer.get("enumerate") and infer.get("num_samples") is None
-        if not (_is_observed(site) or summed_out or getattr(site["fn"], "has_rsample", False)):
+        if not (_is_observed(site) or getattr(site["fn"], "has_rsample", False)):
             raise ValueError(
                 f"TraceTMC_ELBO gives the guide no gradient for site '{site['name']}', since a "
                 f"{type(site['fn']).__name__} cannot be reparametrised, and the guide would never "
-                "train. Sum the site out by infer={'enumerate': 'parallel'}, in model or guide, or "
-                "use Trace_ELBO or ReweightedWakeSleep."
+                "train. Use Trace_ELBO or ReweightedWakeSleep; or TraceEnum_ELBO to sum it out."
             )
