@@ -6,49 +6,58 @@ from typing import Any
 import torch
 from pyro.infer import (
     ELBO,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceMeanField_ELBO,
+    EnergyDistance,
     trace_elbo,
     trace_mean_field_elbo,
     traceenum_elbo,
+    tracegraph_elbo,
 )
 from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import untracked_leaves
 from pyro_lightning.shapes import check_broadcast, check_growth
 from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
-_SERVED = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 _JIT = (
     trace_elbo.JitTrace_ELBO,
     trace_mean_field_elbo.JitTraceMeanField_ELBO,
     traceenum_elbo.JitTraceEnum_ELBO,
+    tracegraph_elbo.JitTraceGraph_ELBO,
 )
 
 
 def check_elbo(elbo: Any) -> None:
-    """Refuse an ELBO whose loss is not the scaled negative ELBO.
+    """Refuse an ELBO that cannot be trained on batches, whatever the model.
 
     Raises:
         TypeError: Naming the ELBOs that are served.
     """
-    served = ", ".join(cls.__name__ for cls in _SERVED)
-    if isinstance(elbo, type) and issubclass(elbo, ELBO):
+    served = ", ".join(cls.__name__ for cls in SERVED)
+    name = type(elbo).__name__
+    if isinstance(elbo, type) and issubclass(elbo, ELBO | EnergyDistance):
         raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
     if isinstance(elbo, _JIT):
         raise TypeError(
-            f"{type(elbo).__name__} does not support module-local parameters in Pyro: use "
-            f"{type(elbo).__name__.removeprefix('Jit')}()"
+            f"{name} does not support parameters that belong to a module, as they do here: use "
+            f"{name.removeprefix('Jit')}(). Compilation is not the ELBO's part in this library."
         )
-    if not isinstance(elbo, _SERVED) or isinstance(elbo, TraceTailAdaptive_ELBO):
+    if isinstance(elbo, TraceTailAdaptive_ELBO):
         raise TypeError(
-            f"elbo must be one of {served}, whose loss under N/B is the negative ELBO of the "
-            f"training set; got {type(elbo).__name__}"
+            "TraceTailAdaptive_ELBO has no value to report, and weighs its particles by their rank "
+            f"over all rows, which a batch cannot estimate. Use one of {served}."
         )
+    for cls in REPLACED:
+        if isinstance(elbo, cls) and type(elbo) is not cls:
+            raise TypeError(
+                f"{name} is a subclass of {cls.__name__}, whose loss this library computes itself "
+                f"so that it can be scaled: nothing of {name} would run. Use one of {served}."
+            )
+    if not isinstance(elbo, SERVED):
+        raise TypeError(f"elbo must be an instance of one of {served}; got {name}")
 
 
 def check_optimizer(optimizer: Any) -> None:

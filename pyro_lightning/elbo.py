@@ -5,10 +5,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, EnergyDistance
 
+from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report
 from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.losses import differentiable_loss
+from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
 
 
 class Estimate(NamedTuple):
@@ -20,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def negative_elbo(
-    elbo: ELBO,
+    elbo: ELBO | EnergyDistance,
     model: Callable[..., Any],
     guide: Callable[..., Any],
     args: Sequence[Any],
@@ -36,7 +39,7 @@ def negative_elbo(
         \log p(x_i, z_i \mid \theta) - \log q(z_i \mid \theta)\Big]
 
     Args:
-        elbo: A Pyro ELBO with ``differentiable_loss``.
+        elbo: A Pyro ELBO, as :class:`PyroSVIModule` takes it.
         model: The model.
         guide: The guide.
         args: Positional arguments of both.
@@ -50,8 +53,8 @@ def negative_elbo(
         A scalar tensor; differentiable where gradients are enabled.
 
     Raises:
-        ValueError: When no observed site of the model stands in a data plate, or when the loss is
-            not finite.
+        ValueError: When no observed site of the model stands in a data plate, when the loss is not
+            finite, or when the ELBO cannot be scaled for this model.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -70,20 +73,34 @@ def negative_elbo(
 
 
 def estimate_elbo(
-    elbo: ELBO,
+    elbo: ELBO | EnergyDistance,
     model: Callable[..., Any],
     guide: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     handler: Callable[[], DataPlateMessenger],
+    baselines: DecayingBaselines | None = None,
 ) -> Estimate:
     """Do what :func:`negative_elbo` does, and return the sites that ran as well.
 
-    ``handler`` makes what scales model and guide.
+    ``handler`` makes what scales model and guide. ``baselines`` holds the running averages of a
+    ``TraceGraph_ELBO`` from step to step; without it they start anew, which leaves the gradient
+    unbiased.
     """
     in_model, in_guide = handler(), handler()
+    sizes = [*in_model.plates.values(), *in_model.scale_sites.values()]
+    scale = scale_of_whole(elbo, sizes, in_model.batch_size)
     with explained((args, kwargs), handler, model, guide):
-        loss = _run(elbo, in_model(model), in_guide(guide), args, kwargs)
+        loss = differentiable_loss(
+            elbo,
+            in_model(model),
+            in_guide(guide),
+            args,
+            kwargs,
+            scale=scale,
+            baselines=baselines,
+        )
+    refuse_unscalable(elbo, in_model.sites, in_guide.sites, in_model.plates, scale)
     if not torch.isfinite(loss):
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"
@@ -92,13 +109,6 @@ def estimate_elbo(
     if (in_model.plates or in_model.scale_sites) and not in_model.scaled_observations:
         _refuse_unscaled(in_model)
     return Estimate(loss, in_model.sites, in_guide.sites)
-
-
-def _run(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    if torch.is_grad_enabled():
-        return torch.as_tensor(elbo.differentiable_loss(model, guide, *args, **kwargs))
-    # TraceEnum_ELBO.differentiable_loss refuses to run without gradients; `loss` is the same sum.
-    return torch.as_tensor(elbo.loss(model, guide, *args, **kwargs))
 
 
 def _refuse_unscaled(handler: DataPlateMessenger) -> None:

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, EnergyDistance
 from torch import nn
 
 from pyro_lightning._lightning import stage_loader, transferred
+from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import (
     batch_arguments,
     count_rows,
@@ -38,7 +39,8 @@ STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of t
 class LifeCycle(RowHooks, ModelOwner):
     """What a ``PyroSVIModule`` does before its first step, and how it runs model and guide."""
 
-    elbo: ELBO
+    elbo: ELBO | EnergyDistance
+    _baselines: DecayingBaselines | None
     _optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
     _scale_sites: tuple[str, ...]
@@ -100,7 +102,10 @@ class LifeCycle(RowHooks, ModelOwner):
             model, guide = handled(self.model), handled(self.guide)
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
-            return estimate_elbo(self.elbo, model, guide, args, kwargs, self._handler(rows))
+            # The first run only checks, and leaves them as they are.
+            baselines = self._baselines if self._initialised else None
+            handler = self._handler(rows)
+            return estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.elbo import Estimate
 from pyro_lightning.handlers import observed
@@ -40,7 +41,11 @@ class PyroSVIModule(LifeCycle):
         model: An ``nn.Module``, ``PyroModule`` or function that takes a batch's elements.
         guide: An autoguide class or ``functools.partial`` of one (called with the model), a guide
             instance, or a guide function.
-        elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
+        elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO``, ``TraceEnum_ELBO`` or
+            ``TraceGraph_ELBO``. For latents in the data plate also ``RenyiELBO``,
+            ``ReweightedWakeSleep`` (whose value is its bound on the log-evidence) and
+            ``TraceTMC_ELBO`` (with global latents drawn once); for global latents ``Trace_MMD``;
+            each of these and ``EnergyDistance`` for any model in batches of all N rows.
         optimizer: A callable from parameters to a torch optimizer; Adam at 1e-2 by default.
         lr_scheduler: A callable from the optimizer to a scheduler, or to Lightning's dict of one.
         data_plate: Name, or names, of the plate over observations. A dict of sizes where plates
@@ -78,7 +83,7 @@ class PyroSVIModule(LifeCycle):
         self,
         model: Callable[..., Any] | None = None,
         guide: Any = AutoNormal,
-        elbo: ELBO | None = None,
+        elbo: ELBO | EnergyDistance | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         *,
@@ -90,6 +95,7 @@ class PyroSVIModule(LifeCycle):
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
+        self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
         self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
         check_optimizer(self._optimizer)
         self._lr_scheduler = lr_scheduler
