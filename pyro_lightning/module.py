@@ -210,6 +210,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         Outside inference mode, whose tensors cannot train; the guide's prototype without
         gradients, so that what it remembers can be copied.
         """
+        self._find_networks()
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             complete_contexts(partial(self._warm_up, batch, handled))
@@ -234,7 +235,9 @@ class PyroSVIModule(LightningModule, ModelOwner):
         refuse_local_latents(self.guide, in_guide.sites, by_row)
         check_scales(in_model.sites, in_guide.sites, plates)
         with torch.enable_grad():
-            check_leaves(self._run(batch, rows).loss, self)
+            ran = [*in_model.sites, *in_guide.sites]
+            loss = self._networks.settled(ran, lambda: self._run(batch, rows).loss)
+            check_leaves(loss, self)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
