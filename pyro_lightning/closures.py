@@ -1,5 +1,6 @@
 """Networks that functions use without owning them: how they are found."""
 
+import dis
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
@@ -89,12 +90,17 @@ def _inside(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     code = function.__code__
-    names = list(_names(code))
-    closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    bound = {name: cell.cell_contents for name, cell in closure.items() if _is_bound(cell)}
-    yield from _looked_up([*bound, *names], bound)
-    if not _of_library(function):
-        yield from _looked_up(names, function.__globals__)
+    closure = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    scopes = {
+        "LOAD_DEREF": {name: cell.cell_contents for name, cell in closure if _is_bound(cell)},
+        "LOAD_GLOBAL": {} if _of_library(function) else function.__globals__,
+    }
+    for operation, names in _loads(code):
+        name, value = names[0], scopes[operation].get(names[0])
+        for attribute in names[1:]:
+            if isinstance(value, ModuleType):
+                name, value = attribute, vars(value).get(attribute)
+        yield name, value
     arguments = code.co_varnames[: code.co_argcount]
     defaults = function.__defaults__ or ()
     yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
@@ -102,12 +108,27 @@ def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield from vars(function).items()
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """List the globals and attributes that a function's code names, inner functions included."""
-    yield from code.co_names
+def _loads(code: CodeType) -> Iterator[tuple[str, list[str]]]:
+    """List the variables that a function loads from outside, each with the attributes taken of it.
+
+    The functions inside of it are included. The names alone, without the instructions, would not
+    tell an attribute from a global of the same name.
+    """
+    found: list[tuple[str, list[str]]] = []
+    follows = False
+    for instruction in dis.get_instructions(code):
+        operation = instruction.opname
+        if operation in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            found.append((operation, [instruction.argval]))
+            follows = True
+        elif operation in ("LOAD_ATTR", "LOAD_METHOD") and follows:
+            found[-1][1].append(instruction.argval)
+        elif operation != "EXTENDED_ARG":
+            follows = False
+    yield from found
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _loads(constant)
 
 
 def _is_bound(cell: Any) -> bool:
@@ -116,18 +137,6 @@ def _is_bound(cell: Any) -> bool:
     except ValueError:  # a variable that the enclosing function has not set yet
         return False
     return True
-
-
-def _looked_up(names: Iterable[str], scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Look names up in a scope, and in the Python modules that they name there."""
-    names, scopes = list(dict.fromkeys(names)), [scope]
-    for each in scopes:  # which grows
-        for name in names:
-            value = each.get(name)
-            if not isinstance(value, ModuleType):
-                yield name, value
-            elif not _is_library(value.__name__) and not any(s is vars(value) for s in scopes):
-                scopes.append(vars(value))
 
 
 def _held(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -95,7 +95,7 @@ class Networks(nn.Module):
         """Return a first loss, having let go of the networks whose parameters are lifted.
 
         Args:
-            sites: Messages of the sample statements that ran in model and guide.
+            sites: Messages of the sample statements that ran in the model.
             run: Computes the loss.
         """
         self._release(self._lifted)

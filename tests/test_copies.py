@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -56,8 +57,8 @@ class OwnModel(PyroSVIModule):
         model(x - self.shift)
 
 
-def from_functions(guide):
-    return PyroSVIModule(model, guide, dataset_size=N)
+def from_functions(guide, fn=model):
+    return PyroSVIModule(fn, guide, dataset_size=N)
 
 
 def from_methods():
@@ -75,6 +76,37 @@ def bare_params():
     return from_functions(guide)
 
 
+def from_network(run):
+    """A model whose noise is computed by what it closes over."""
+
+    def fn(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, run(x[:, None]).sum(-1).exp()), obs=x)
+
+    return from_functions(AutoNormal, fn)
+
+
+def networks():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    last = net[2]  # which has a name of its own, too
+    return from_network(lambda x: last(net[:2](x)))
+
+
+def recurrent():
+    net = nn.GRU(1, 2)  # holds its parameters twice: by name, and in a list
+    return from_network(lambda x: net(x)[0])
+
+
+def argument():
+    return from_network(partial(lambda net, x: net(x), nn.Linear(1, 1)))
+
+
+def named():
+    net = nn.Linear(1, 1)
+    return from_network(lambda x: pyro.module("net", net)(x))
+
+
 MODULES = {
     "autoguide": lambda: from_functions(AutoNormal),
     "joint autoguide": lambda: from_functions(AutoMultivariateNormal),
@@ -82,6 +114,10 @@ MODULES = {
     "bound methods": from_methods,
     "bare params": bare_params,
     "subclass": OwnModel,
+    "networks": networks,
+    "recurrent network": recurrent,
+    "network in a partial": argument,
+    "pyro.module": named,
 }
 
 
@@ -188,3 +224,67 @@ def test_a_copied_module_can_be_copied_again():
     fit(first)
     third = copy.deepcopy(copy.deepcopy(first))
     check_apart(third, first)
+
+
+# -- networks that functions use -------------------------------------------------------------------
+
+STATISTICS = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Dropout(0.5))
+
+
+def with_statistics(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu + STATISTICS(x[:, None])[:, 0], 1.0), obs=x)
+
+
+COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda svi: pickle.loads(pickle.dumps(svi))}
+
+
+@pytest.fixture(params=COPIERS)
+def pair(request):
+    """A module whose function is not copied with it, and a copy of it."""
+    svi = from_functions(AutoNormal, with_statistics)
+    svi.loss(X)
+    yield svi, COPIERS[request.param](svi)
+    STATISTICS.train()
+
+
+def test_a_copys_network_is_its_own_in_values_statistics_and_mode(pair):
+    svi, copied = pair
+    state = {name: value.clone() for name, value in svi.state_dict().items()}
+    fit(copied)
+    copied.eval()
+    copied.loss(X)
+    assert all(torch.equal(value, state[name]) for name, value in svi.state_dict().items())
+    changed = {n for n, value in copied.state_dict().items() if not torch.equal(value, state[n])}
+    assert {"_networks.STATISTICS.1.running_mean", "_networks.STATISTICS.0.weight"} <= changed
+    assert STATISTICS.training
+    # Without dropout and with fixed statistics a copy in eval mode repeats itself.
+    assert torch.equal(seeded_loss(copied), seeded_loss(copied))
+
+
+def test_a_function_has_its_own_network_again_after_a_copys_run(pair):
+    svi, copied = pair
+    parts = {name: vars(part) for name, part in STATISTICS.named_modules()}
+    copied.loss(X)
+    with pytest.raises(RuntimeError):  # in the network
+        copied.loss(X.double())
+    assert all(vars(part) is parts[name] for name, part in STATISTICS.named_modules())
+    assert svi._networks.STATISTICS is STATISTICS
+    assert copied._networks.STATISTICS is not STATISTICS
+
+
+def test_a_copy_loads_the_state_of_its_original(pair):
+    svi, copied = pair
+    fit(svi)
+    copied.load_state_dict(svi.state_dict())
+    svi.eval(), copied.eval()
+    assert torch.equal(seeded_loss(copied), seeded_loss(svi))
+
+
+def test_a_copy_whose_function_lost_its_network_says_so(monkeypatch):
+    svi = from_functions(AutoNormal, with_statistics)
+    copied = copy.deepcopy(svi)
+    monkeypatch.delitem(globals(), "STATISTICS")
+    with pytest.raises(RuntimeError, match="network 'STATISTICS'"):
+        copied.loss(X)
