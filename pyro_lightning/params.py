@@ -80,7 +80,8 @@ class ParamStoreModule(nn.Module):
             self._constraints[name] = constraint
         unconstrained = self._parameters[key]
         assert unconstrained is not None
-        value: torch.Tensor = transform_to(constraint)(unconstrained)
+        # As in Pyro, the first statement's constraint holds: later ones may leave it out.
+        value: torch.Tensor = transform_to(self._constraints[name])(unconstrained)
         # As in Pyro, a value leads to its parameter; it may be that very tensor.
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
