@@ -17,21 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lightning import PyroSVIModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:The `random_module` primitive is deprecated")
+pytestmark = [
+    pytest.mark.usefixtures("untouched_store"),
+    pytest.mark.filterwarnings("ignore:The `random_module` primitive is deprecated"),
+]
 
 N, B = 60, 20
 X = torch.randn(N, 2, generator=torch.Generator().manual_seed(3))
 Y = X @ torch.tensor([1.0, -2.0]) + 0.5
 BATCH = X[:B], Y[:B]
 WEIGHTS, BIASES = ["0.weight", "2.weight"], ["0.bias", "2.bias"]
-
-
-@pytest.fixture(autouse=True)
-def store():
-    """Pyro's global store, which no test may write."""
-    with pyro.get_param_store().scope():
-        yield pyro.get_param_store()
-        assert not pyro.get_param_store()
 
 
 def network():

@@ -284,8 +284,7 @@ def test_network_made_anew_at_each_run_of_a_guide():
     refused(["(2, 1)", "made outside", "pyro.module('net', net)"], normal_mean, guide)
 
 
-def test_pyro_param_hidden_from_inference():
-    # Pyro itself would never train it, and would say nothing.
+def test_pyro_param_hidden_from_inference():  # which Pyro would never train, and say nothing
     def guide(x):
         pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.5))
 
