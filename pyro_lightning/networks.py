@@ -26,8 +26,9 @@ class Networks(nn.Module):
         super().__init__()
         self._copied = False
         self._homes: dict[str, nn.Module] | None = None
+        self._owned: dict[str, nn.Module] = {}
         self._lifted: set[str] = set()
-        self._released: dict[str, nn.Module] = {}
+        self._released: set[str] = set()
 
     def find(self, roots: Iterable[Any], owner: nn.Module) -> None:
         """Register what the functions reach and the owner does not own otherwise."""
@@ -35,14 +36,12 @@ class Networks(nn.Module):
         if self._copied:  # it has its own
             return
         self._modules.clear()
-        owned = {id(module) for module in owner.modules()}
-        apart = {
-            name: network
-            for name, network in self._homes.items()
-            if id(network) not in owned and not _owns_networks(network)
-        }
-        inner = {id(m) for network in apart.values() for m in list(network.modules())[1:]}
-        self._modules.update((n, m) for n, m in apart.items() if id(m) not in inner)
+        mine = {id(module) for module in owner.modules()}
+        used = {name: m for name, m in self._homes.items() if not _owns_networks(m)}
+        self._owned = {name: m for name, m in used.items() if id(m) in mine}
+        others = {name: m for name, m in used.items() if id(m) not in mine}
+        inner = {id(part) for m in others.values() for part in list(m.modules())[1:]}
+        self._modules.update((name, m) for name, m in others.items() if id(m) not in inner)
 
     @contextmanager
     def lent(self, roots: Iterable[Any]) -> Iterator[None]:
@@ -53,11 +52,12 @@ class Networks(nn.Module):
         """
         if self._homes is None:
             self._homes = reached_networks(roots)
-        faces = [pair for name, own in self._held().items() for pair in self._faces(name, own)]
+        used = {**self._owned, **self._held()}
+        faces = [pair for name, own in used.items() for pair in self._faces(name, own)]
         hidden = [(face, vars(face)) for face, _ in faces]
         watched = [
             (name, part._parameters, dict(part._parameters))
-            for name, network in {**self._held(), **self._released}.items()
+            for name, network in {**self._let_go(), **self._held()}.items()
             for part in network.modules()
         ]
         try:
@@ -77,6 +77,10 @@ class Networks(nn.Module):
 
     def _held(self) -> dict[str, nn.Module]:
         return {name: network for name, network in self._modules.items() if network is not None}
+
+    def _let_go(self) -> dict[str, nn.Module]:
+        homes = self._homes or {}
+        return {name: homes[name] for name in sorted(self._released) if name in homes}
 
     def _faces(self, name: str, own: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         assert self._homes is not None
@@ -116,22 +120,20 @@ class Networks(nn.Module):
         return loss
 
     def _release(self, names: Iterable[str]) -> None:
-        assert self._homes is not None
         for name in names:
-            if name in self._modules:
-                del self._modules[name]
-                self._released[name] = self._homes[name]
+            if self._modules.pop(name, None) is not None:
+                self._released.add(name)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "Networks":
         # Copies of them must be on the device, too.
-        for network in self._released.values():
+        for network in self._let_go().values():
             network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Of copies and pickles: the functions are not copied with the module.
-        return {**self.__dict__, "_copied": True, "_homes": None, "_released": {}}
+        return {**self.__dict__, "_copied": True, "_homes": None}
 
 
 def _owns_networks(module: nn.Module) -> bool:

@@ -107,6 +107,24 @@ def named():
     return from_network(lambda x: pyro.module("net", net)(x))
 
 
+class Encoder(nn.Module):
+    """A guide that owns the network which the model closes over."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        loc = self.net(x[:, None]).mean()
+        for name in ("mu", "sigma"):
+            pyro.sample(name, dist.LogNormal(loc, 0.1) if name == "sigma" else dist.Normal(loc, 0.1))
+
+
+def shared():
+    net = nn.Linear(1, 1)
+    return from_functions(Encoder(net), lambda x: model(x + net(x[:, None])[:, 0]))
+
+
 MODULES = {
     "autoguide": lambda: from_functions(AutoNormal),
     "joint autoguide": lambda: from_functions(AutoMultivariateNormal),
@@ -118,6 +136,7 @@ MODULES = {
     "recurrent network": recurrent,
     "network in a partial": argument,
     "pyro.module": named,
+    "network of model and guide": shared,
 }
 
 
@@ -143,7 +162,9 @@ def check_apart(one, other):
     """Train ``one``: it moves, in all its parameters, and ``other`` does not."""
     seeded_loss(one), seeded_loss(other)
     ours, theirs = values(one), values(other)
+    other.zero_grad()
     fit(one)
+    assert all(p.grad is None for p in other.parameters())
     assert ours
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(p, ours[name]) for name, p in one.named_parameters())
