@@ -4,12 +4,20 @@ from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.row_optim import RowAdam, RowAdamW
+from pyro_lightning.rows import IndexedBatch, IndexedDataset
+from pyro_lightning.site_table import SiteTable
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 
 __all__ = [
     "ArrayDataModule",
     "DataPlateMessenger",
+    "IndexedBatch",
+    "IndexedDataset",
     "PyroSVIModule",
+    "RowAdam",
+    "RowAdamW",
+    "SiteTable",
     "batch_weight",
     "dataset_size_of",
     "mean_batch_size",

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, RandomSampler
 
+from pyro_lightning.rows import IndexedBatch, new_source
+
 Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
 
 
@@ -24,6 +26,10 @@ class ArrayDataset(Dataset[Any]):
     Args:
         arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each.
         rows: Which rows belong to this data set; all of them by default.
+
+    Attributes:
+        row_numbers: Whether batches say which rows of the arrays they hold, as ``IndexedBatch``.
+        identities: How many rows the arrays have.
 
     Raises:
         ValueError: When there is no array or no row, or when lengths differ.
@@ -50,7 +56,10 @@ class ArrayDataset(Dataset[Any]):
             raise ValueError(f"arrays must have the same number of rows, got {lengths}")
         self.arrays = arrays
         self.rows = rows
-        self._length = next(iter(lengths.values())) if rows is None else len(rows)
+        self.row_numbers = False
+        self.source = new_source()
+        self.identities = next(iter(lengths.values()))
+        self._length = self.identities if rows is None else len(rows)
         if self._length == 0:
             raise ValueError("the arrays have no rows")
 
@@ -58,12 +67,18 @@ class ArrayDataset(Dataset[Any]):
         return self._length
 
     def __getitem__(self, index: int) -> Any:
-        return self._cut(int(index) if self.rows is None else int(self.rows[index]))
+        return self._numbered(int(index) if self.rows is None else int(self.rows[index]))
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return a whole batch at once; torch's fetcher calls this instead of row by row."""
         wanted = np.asarray(indices)
-        return self._cut(wanted if self.rows is None else self.rows[wanted])
+        return self._numbered(wanted if self.rows is None else self.rows[wanted])
+
+    def _numbered(self, index: Any) -> Any:
+        batch = self._cut(index)
+        if not self.row_numbers:
+            return batch
+        return IndexedBatch(batch, torch.as_tensor(index), self.source)
 
     def _cut(self, index: Any) -> Any:
         def take(array: Any) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from pyro_lightning.rows import data_of
+
 
 def named_tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Walk the tensors of a batch, each with the expression that reaches it."""
@@ -44,6 +46,7 @@ def count_rows(batch: Any) -> int:
         >>> count_rows((torch.zeros(3, 2), {"y": torch.zeros(3)}))
         3
     """
+    batch = data_of(batch)
     rows = {path: t.shape[0] for path, t in named_tensors(batch, "batch") if t.dim() > 0}
     if not rows:
         raise ValueError(
@@ -73,6 +76,7 @@ def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         >>> batch_arguments({"x": 1})
         ((), {'x': 1})
     """
+    batch = data_of(batch)
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple | list):

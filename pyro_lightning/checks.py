@@ -1,6 +1,6 @@
 """Refusals: what cannot give the right posterior is an error before the first step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 
+from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.params import trainable_leaves
+from pyro_lightning.shapes import check_broadcast, check_growth
+from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
 _SERVED = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 _JIT = (
@@ -67,6 +70,37 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
+def check_sites(
+    model: DataPlateMessenger,
+    guide: DataPlateMessenger,
+    elbo: Any,
+    plates: Iterable[str],
+    run_shorter: Callable[[Any], list[Any]] | None,
+) -> None:
+    """Check the sites of one run of model and guide on one batch.
+
+    Args:
+        model: The handler under which the model ran.
+        guide: The handler under which the guide ran.
+        elbo: The ELBO.
+        plates: Names of the data plates, or of the plates over the rows where none is named.
+        run_shorter: As :func:`pyro_lightning.shapes.check_growth` needs it; None where a batch
+            cannot be cut.
+
+    Raises:
+        ValueError: Naming site, shape, cause and remedy.
+    """
+    rows, named = model.batch_size, model.scale_sites
+    check_guide_sites(model.sites, guide.sites, elbo)
+    check_scales(model.sites, guide.sites, model.plates)
+    check_broadcast(model.sites, plates, named)
+    check_broadcast(guide.sites, plates)
+    factors = {size / rows for size in (*model.plates.values(), *named.values())}
+    check_enumeration(model.sites, guide.sites, elbo, plates, factors)
+    if model.scaled_observations and run_shorter is not None and rows > 1:
+        check_growth(model.sites, plates, named, rows, run_shorter)
+
+
 def check_scales(
     model_sites: Iterable[Any], guide_sites: Iterable[Any], plates: Iterable[str]
 ) -> None:
@@ -95,7 +129,9 @@ def check_scales(
                 f"latent site '{site['name']}' has scale {ours.max().item():g} in the model "
                 f"(in {stacks[0]}) but {theirs.max().item():g} in the guide (in {stacks[1]}): "
                 "its two terms of the ELBO would not cancel. Give the guide the model's plates, by "
-                "the same names and with the rows of the batch; scale only what stands in them."
+                "the same names and with the rows of the batch; scale only what stands in them. A "
+                "weight of the KL by poutine.scale belongs around the latents of both. "
+                f"{SEE_TABLE}"
             )
 
 

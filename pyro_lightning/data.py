@@ -116,6 +116,11 @@ class ArrayDataModule(LightningDataModule):
         """N, the number of training rows."""
         return len(self._train)
 
+    @property
+    def identities(self) -> int:
+        """How many rows the arrays have, those that are held out among them."""
+        return self._train.identities
+
     @staticmethod
     def _given(arrays: Arrays | None) -> ArrayDataset | None:
         return None if arrays is None else ArrayDataset(arrays)

@@ -65,16 +65,8 @@ def negative_elbo(
 
     Source: Hoffman et al. 2013, "Stochastic variational inference", section 2.
     """
-    return estimate_elbo(
-        elbo,
-        model,
-        guide,
-        args,
-        kwargs,
-        plates=plates,
-        batch_size=batch_size,
-        scale_sites=scale_sites,
-    ).loss
+    handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
+    return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
 
 
 def estimate_elbo(
@@ -83,13 +75,12 @@ def estimate_elbo(
     guide: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    *,
-    plates: Mapping[str, int],
-    batch_size: int,
-    scale_sites: Mapping[str, int] | None = None,
+    handler: Callable[[], DataPlateMessenger],
 ) -> Estimate:
-    """Do what :func:`negative_elbo` does, and return the sites that ran as well."""
-    handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
+    """Do what :func:`negative_elbo` does, and return the sites that ran as well.
+
+    ``handler`` makes what scales model and guide.
+    """
     in_model, in_guide = handler(), handler()
     with explained((args, kwargs), handler, model, guide):
         loss = _run(elbo, in_model(model), in_guide(guide), args, kwargs)
@@ -98,8 +89,8 @@ def estimate_elbo(
             "every site's log-probability is finite, so it is their scaled sum that overflows"
         )
         raise ValueError(f"the loss is {loss.item()}: {report}")
-    if (plates or scale_sites) and not in_model.scaled_observations:
-        _refuse_unscaled(in_model, plates, scale_sites or {})
+    if (in_model.plates or in_model.scale_sites) and not in_model.scaled_observations:
+        _refuse_unscaled(in_model)
     return Estimate(loss, in_model.sites, in_guide.sites)
 
 
@@ -110,9 +101,8 @@ def _run(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> torch.Te
     return torch.as_tensor(elbo.loss(model, guide, *args, **kwargs))
 
 
-def _refuse_unscaled(
-    handler: DataPlateMessenger, plates: Mapping[str, int], scale_sites: Mapping[str, int]
-) -> None:
+def _refuse_unscaled(handler: DataPlateMessenger) -> None:
+    plates, scale_sites = handler.plates, handler.scale_sites
     names = sorted({site["name"] for site in observed(handler.sites)})
     met = sorted({f.name for site in handler.sites for f in site["cond_indep_stack"]})
     sought = f"data plate ({', '.join(map(repr, plates))})" if plates else "scale_sites"

@@ -1,18 +1,20 @@
 """What Pyro's autoguides need before they serve a model on mini-batches."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from pyro_lightning.devices import on_device
-from pyro_lightning.handlers import observed
+from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.structure import SEE_TABLE
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +64,36 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
             part._model = model
 
 
+def make_prototypes(
+    raw: Any,
+    guide: Callable[..., Any],
+    handled: Callable[[Any], Any],
+    plates: Callable[[], AbstractContextManager[None]],
+    inputs: tuple[Any, Any],
+) -> None:
+    """Run the autoguides within a guide once, so that they have their parameters.
+
+    Args:
+        raw: The guide in whose parts they are.
+        guide: The guide, under the handlers that it needs.
+        handled: Puts the model in an autoguide's hands under handlers.
+        plates: Makes the context in which autoguides make plates of all rows.
+        inputs: Positional and keyword arguments of one batch.
+    """
+    if parts_of(raw):
+        args, kwargs = inputs
+        with prototype_model(raw, handled), plates(), poutine.block():
+            guide(*args, **kwargs)
+
+
+def cut_plates(in_model: DataPlateMessenger) -> set[str]:
+    """Name the data plates of which a batch holds a part: those of rows, and columns cut short."""
+    columns = {name: in_model.plates[name] for name in in_model.columns}
+    frames = (frame for site in in_model.sites for frame in site["cond_indep_stack"])
+    short = {f.name for f in frames if f.name in columns and f.size != columns[f.name]}
+    return (set(in_model.plates) - in_model.columns) | short
+
+
 def row_plates(model_sites: Iterable[Any], batch_size: int) -> set[str]:
     """Name the plates over the rows of a batch, in a model whose data plate is not named.
 
@@ -71,13 +103,16 @@ def row_plates(model_sites: Iterable[Any], batch_size: int) -> set[str]:
     return {frame.name for frame in frames if frame.size == batch_size}
 
 
-def refuse_local_latents(guide: Any, guide_sites: Iterable[Any], plates: Iterable[str]) -> None:
-    """Refuse an autoguide with latents in the data plate.
+def refuse_local_latents(
+    guide: Any, guide_sites: Iterable[Any], plates: Iterable[str], served: Collection[str] = ()
+) -> None:
+    """Refuse an autoguide with latents in the data plate that keeps none for other rows.
 
     Args:
         guide: The guide.
         guide_sites: Messages of the sites of one run of it.
         plates: Names of the data plates.
+        served: Sites of which the guide keeps parameters for every row.
 
     Raises:
         ValueError: Naming site and plate. Such a guide has one set of parameters for each row of
@@ -91,14 +126,16 @@ def refuse_local_latents(guide: Any, guide_sites: Iterable[Any], plates: Iterabl
             continue
         # The names alone: some autoguides empty the nodes of their prototype.
         for name in part.prototype_trace.nodes:
-            if name in local:
+            if name in local and name not in served:
                 raise ValueError(
                     f"latent site '{name}' stands in the data plate '{local[name]}', and "
                     f"{type(part).__name__} would keep one set of parameters for each row of its "
-                    "first batch and mix up the rows of every other. Write an amortised guide: a "
-                    f"function of the batch with `pyro.sample('{name}', ...)` inside "
-                    f"`pyro.plate('{local[name]}', len(x))`, its parameters computed from the row "
-                    "by a network (AutoGuideList joins it to an autoguide of the global latents)."
+                    "first batch and mix up the rows of every other. AutoNormal and AutoDelta keep "
+                    "parameters of every row; AutoGuideList joins one of them, over "
+                    f"poutine.block(model, expose=['{name}']), to another guide of the global "
+                    "latents. Or write an amortised guide: a function of the batch with "
+                    f"`pyro.sample('{name}', ...)` inside `pyro.plate('{local[name]}', len(x))`, "
+                    f"its parameters computed from the row by a network. {SEE_TABLE}"
                 )
 
 

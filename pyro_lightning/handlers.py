@@ -1,6 +1,6 @@
 """Effect handlers that put the mini-batch scale N/B where it belongs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class DataPlateMessenger(Messenger):
         plates: Size N of each data plate, by name.
         batch_size: B, the rows of this batch.
         scale_sites: Size N for each site outside every data plate that is scaled too, by name.
+        columns: Names of data plates over something else than the rows of a batch, the columns of
+            a table: their B is the plate's own size, and they may cross the plate of the rows.
 
     Attributes:
         sites: The messages of the ``pyro.sample`` statements that ran under the handler.
@@ -34,7 +36,7 @@ class DataPlateMessenger(Messenger):
 
     Raises:
         ValueError: When a data plate has a size that is neither N nor B, or other rows than B, or
-            when one data plate stands inside another.
+            when two data plates over rows stand inside each other.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -54,37 +56,45 @@ class DataPlateMessenger(Messenger):
         plates: Mapping[str, int],
         batch_size: int,
         scale_sites: Mapping[str, int] | None = None,
+        columns: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.plates = dict(plates)
         self.batch_size = batch_size
         self.scale_sites = dict(scale_sites or {})
+        self.columns = frozenset(columns)
         self.sites: list[Any] = []
         self.params: list[Any] = []
         self.scaled_observations = 0
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg):
-            if msg["name"] in self.plates:
+            if msg["name"] in self.columns:
+                self._check_columns(msg)
+            elif msg["name"] in self.plates:
                 self._give_rows(msg)
             return
         frames = [frame for frame in msg["cond_indep_stack"] if frame.name in self.plates]
-        if len(frames) > 1:
-            names = " and ".join(f"'{frame.name}'" for frame in frames)
+        over_rows = [frame for frame in frames if frame.name not in self.columns]
+        if len(over_rows) > 1:
+            names = " and ".join(f"'{frame.name}'" for frame in over_rows)
             raise ValueError(
                 f"site '{msg['name']}' stands in the data plates {names} at once and would be "
-                "scaled by N/B twice. Name only the plate over the rows of a batch in data_plate."
+                "scaled by N/B twice. Name only the plate over the rows of a batch in data_plate, "
+                "or state the size of each: data_plate={'rows': n_rows, 'columns': n_columns}."
             )
         for frame in frames:
             # A frame whose full size exceeds its size was scaled by Pyro's own plate.
             if frame.full_size is None or frame.full_size == frame.size:
                 # Plates that take any size have none of their own (-1): the rows are the batch's.
+                if frame.size <= 0 and frame.name in self.columns:
+                    raise ValueError(f"plate '{frame.name}' must be given its size in the model")
                 size = frame.size if frame.size > 0 else self.batch_size
                 msg["scale"] = msg["scale"] * (self.plates[frame.name] / size)
         named = msg["name"] in self.scale_sites
         if named and not frames:
             msg["scale"] = msg["scale"] * (self.scale_sites[msg["name"]] / self.batch_size)
-        if (named or frames) and msg["is_observed"] and not msg["infer"].get("_deterministic"):
+        if (named or over_rows) and msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.scaled_observations += 1
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -93,6 +103,14 @@ class DataPlateMessenger(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         self.params.append(msg)
+
+    def _check_columns(self, msg: Any) -> None:
+        size, known = msg["fn"].size, self.plates[msg["name"]]
+        if size > known:
+            raise ValueError(
+                f"plate '{msg['name']}' has size {size}, more than the {known} that data_plate "
+                "states for it"
+            )
 
     def _give_rows(self, msg: Any) -> None:
         name, size, rows = msg["name"], msg["fn"].size, msg["value"]

@@ -1,39 +1,26 @@
 """The LightningModule that owns model, guide and ELBO."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_lightning._lightning import stage_loader, transferred
-from pyro_lightning.batches import (
-    batch_arguments,
-    count_rows,
-    example_batch,
-    first_rows,
-    map_tensors,
-)
-from pyro_lightning.checks import check_elbo, check_leaves, check_optimizer, check_scales
-from pyro_lightning.diagnosis import explained
-from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.guides import prototype_model, refuse_local_latents, row_plates
-from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.owner import ModelOwner
-from pyro_lightning.params import complete_contexts
-from pyro_lightning.posterior import draws_at_once, sample_globals
-from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
-from pyro_lightning.states import preserved_state
-
-_STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
+from pyro_lightning.checks import check_elbo, check_optimizer
+from pyro_lightning.elbo import Estimate
+from pyro_lightning.handlers import observed
+from pyro_lightning.life_cycle import STATE_N, LifeCycle
+from pyro_lightning.plates import read_data_plates, read_names
+from pyro_lightning.posterior import draws_at_once, sample_latents
+from pyro_lightning.rows import data_of
+from pyro_lightning.site_table import SiteTable, table_of_sites
+from pyro_lightning.sizes import batch_weight, mean_batch_size
 
 
-class PyroSVIModule(LightningModule, ModelOwner):
+class PyroSVIModule(LifeCycle):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -56,10 +43,17 @@ class PyroSVIModule(LightningModule, ModelOwner):
         elbo: A ``Trace_ELBO`` (the default), ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
         optimizer: A callable from parameters to a torch optimizer; Adam at 1e-2 by default.
         lr_scheduler: A callable from the optimizer to a scheduler, or to Lightning's dict of one.
-        data_plate: Name, or names, of the plate over observations. None scales nothing: for a
-            model that scales itself by :meth:`scale_factor`, or has local latents only.
+        data_plate: Name, or names, of the plate over observations. A dict of sizes where plates
+            cross, as rows by columns: ``{"users": n_users, "items": n_items}``; the first is over
+            the rows of a batch, the B of another is its own size in the model. None scales
+            nothing: for a model that scales itself by :meth:`scale_factor`, or has local latents
+            only.
         scale_sites: Names of observed sites outside every data plate that are scaled by N/B too.
         dataset_size: N, where it cannot or should not be read from the training data.
+        checks: Whether sites and shapes are checked on the first batch: guide and model that do not
+            match, scales that differ, rows outside the data plate or broadcast, autoguides with
+            latents of rows. Sizes, parameters that would not train, a likelihood that is not
+            scaled, and losses that are not finite are errors in any case.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -88,9 +82,10 @@ class PyroSVIModule(LightningModule, ModelOwner):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         *,
-        data_plate: str | Sequence[str] | None = "data",
+        data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
+        checks: bool = True,
     ) -> None:
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
@@ -98,53 +93,28 @@ class PyroSVIModule(LightningModule, ModelOwner):
         self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
         check_optimizer(self._optimizer)
         self._lr_scheduler = lr_scheduler
-        self._data_plates = _names(data_plate, "data_plate")
-        self._scale_sites = _names(scale_sites, "scale_sites")
+        self._data_plates, self._columns = read_data_plates(data_plate)
+        self._scale_sites = read_names(scale_sites, "scale_sites")
+        stated = next(iter(self._data_plates.values()), None)
         if dataset_size is not None and dataset_size < 1:
             raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
-        self._given_size = self._dataset_size = dataset_size
+        if dataset_size is not None and stated not in (None, dataset_size):
+            raise ValueError(
+                f"dataset_size={dataset_size}, but data_plate states {stated} for the plate over "
+                "the rows of a batch: they are the same N"
+            )
+        self._given_size = self._dataset_size = dataset_size or stated
         self._mean_batch_size: float | None = None
         self._prototype: Any = None
         self._initialised = False
+        self._checks = checks
         self._own(model, guide, default_guide=AutoNormal)
 
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def model_inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Turn a batch into the arguments of model and guide; override for other batches.
-
-        A tuple or list becomes positional arguments, a mapping keywords, a tensor one argument.
-
-        Returns:
-            Positional arguments and keyword arguments.
-        """
-        return batch_arguments(batch)
-
-    def num_rows(self, batch: Any) -> int:
-        """Count B, the observations in a batch; override where rows are counted otherwise.
-
-        Raises:
-            ValueError: When the batch is empty or its tensors disagree.
-        """
-        return count_rows(batch)
-
-    # -- sizes ---------------------------------------------------------------------------------
-
-    @property
-    def dataset_size(self) -> int | None:
-        """N, the number of observations in the training set; None until it is known."""
-        return self._dataset_size
-
-    def _known_size(self) -> int:
-        if self._dataset_size is None:
-            raise RuntimeError(
-                f"N, the number of training observations, is not known yet. State it: {_STATE_N}."
-            )
-        return self._dataset_size
+    # -- loss ----------------------------------------------------------------------------------
 
     def scale_factor(self, batch: Any) -> float:
         """N/B, for a model with ``data_plate=None`` that uses ``poutine.scale`` itself."""
-        return self._known_size() / self.num_rows(batch)
+        return self._known_size() / self.num_rows(data_of(batch))
 
     def batch_weight(self, batch: Any) -> float:
         """What multiplies a batch's loss in training, so that observations weigh the same.
@@ -152,9 +122,7 @@ class PyroSVIModule(LightningModule, ModelOwner):
         It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
         :func:`pyro_lightning.batch_weight`.
         """
-        return batch_weight(self.num_rows(batch), self._mean_batch_size)
-
-    # -- loss ----------------------------------------------------------------------------------
+        return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Estimate the negative ELBO of the whole training set from one batch.
@@ -175,122 +143,17 @@ class PyroSVIModule(LightningModule, ModelOwner):
         """
         return self._estimate(batch).loss
 
-    def _estimate(self, batch: Any) -> Estimate:
-        size, rows = self._known_size(), self.num_rows(batch)
+    def _estimate(self, batch: Any, held_out: bool = False) -> Estimate:
+        size, rows = self._known_size(), self.num_rows(data_of(batch))
         if not self._initialised:
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
             raise ValueError(
                 f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
-                f"State it: {_STATE_N}."
+                f"State it: {STATE_N}."
             )
-        return self._run(batch, rows)
-
-    def _run(self, batch: Any, rows: int) -> Estimate:
-        args, kwargs = self.model_inputs(batch)
-        size = self._known_size()
-        with self._isolated() as handled:
-            return estimate_elbo(
-                self.elbo,
-                handled(self.model),
-                handled(self.guide),
-                args,
-                kwargs,
-                plates=dict.fromkeys(self._data_plates, size),
-                batch_size=rows,
-                scale_sites=dict.fromkeys(self._scale_sites, size),
-            )
-
-    # -- life cycle ----------------------------------------------------------------------------
-
-    def _initialise(self, batch: Any) -> None:
-        """Make every parameter and check model and guide, on one batch; leave all else as it was.
-
-        Outside inference mode, whose tensors cannot train; the guide's prototype without
-        gradients, so that what it remembers can be copied.
-        """
-        self._find_networks()
-        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
-            batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
-            complete_contexts(partial(self._warm_up, batch, handled))
-        self._prototype = first_rows(batch, 2) if type(self).num_rows is _NUM_ROWS else batch
-        self._initialised = True
-
-    def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
-        rows, size = self.num_rows(batch), self._known_size()
-        plates, sites = (dict.fromkeys(n, size) for n in (self._data_plates, self._scale_sites))
-        args, kwargs = self.model_inputs(batch)
-        handler = partial(DataPlateMessenger, plates, rows, sites)
-        in_model, in_guide = handler(), handler()
-        model, guide = handled(self.model), handled(self.guide)
-        with (
-            torch.no_grad(),
-            explained((args, kwargs), handler, model),
-            prototype_model(self.guide, lambda fn: handler()(handled(fn))),
-        ):
-            trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
-            poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
-        by_row = plates or row_plates(in_model.sites, rows)
-        refuse_local_latents(self.guide, in_guide.sites, by_row)
-        check_scales(in_model.sites, in_guide.sites, plates)
-        with torch.enable_grad():
-            loss = self._networks.settled(in_model.sites, lambda: self._run(batch, rows).loss)
-            check_leaves(loss, self)
-
-    def setup(self, stage: str) -> None:
-        """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
-        if stage == "predict":
-            return
-        training = stage == "fit"
-        with preserved_state(self):  # a user's hook or data set may draw random numbers
-            loader = stage_loader(self.trainer, stage)
-            if training or self._dataset_size is None:
-                self._dataset_size = self._resolve_size(loader if training else None)
-            batch = None if self._initialised or loader is None else self._first_batch(loader)
-        if training:
-            self._mean_batch_size = None
-        if batch is not None:
-            self._initialise(batch)
-
-    def _resolve_size(self, loader: Any) -> int:
-        if self._given_size is not None:
-            return self._given_size
-        stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
-        if stated is not None:
-            return int(stated)
-        if loader is None:
-            raise ValueError(
-                "N, the number of training observations, is not known, and is never taken from "
-                f"validation or test data. Fit first, or state it: {_STATE_N}."
-            )
-        return dataset_size_of(loader)
-
-    def _first_batch(self, loader: Any) -> Any:
-        # Lightning converts the module after set-up; the parameters to be made need it before.
-        self.trainer.precision_plugin.convert_module(self)
-        with torch.inference_mode(False):
-            batch = example_batch(loader)
-            return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
-
-    def configure_optimizers(self) -> Any:
-        """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
-
-        A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
-        """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "there is nothing to train: neither model nor guide has a parameter. Use an "
-                "autoguide, or give the guide parameters."
-            )
-        optimizer = self._optimizer(parameters)
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return self._run(batch, held_out)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -302,22 +165,23 @@ class PyroSVIModule(LightningModule, ModelOwner):
             # smaller one weighs less; the constant factor that is left moves no optimum.
             trainer = self.trainer
             mean = mean_batch_size(trainer.train_dataloader, trainer.num_training_batches)
-            self._mean_batch_size = float(self.num_rows(batch)) if mean is None else mean
+            rows = self.num_rows(data_of(batch))
+            self._mean_batch_size = float(rows) if mean is None else mean
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N."""
-        self._logged("val", batch)
+        self._logged("val", batch, held_out=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._logged("test", batch)
+        self._logged("test", batch, held_out=True)
 
-    def _logged(self, stage: str, batch: Any) -> tuple[torch.Tensor, bool]:
+    def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Log a batch's loss; tells with it whether it is the whole training set's."""
-        estimate = self._estimate(batch)
-        size, rows = self._known_size(), self.num_rows(batch)
+        estimate = self._estimate(batch, held_out)
+        size, rows = self._known_size(), self.num_rows(data_of(batch))
         # Without data plate a model either scales itself, or its loss is its batch's alone.
         whole = bool(self._data_plates or self._scale_sites) or any(
             _is_scaled(site) for site in observed(estimate.model_sites)
@@ -334,19 +198,35 @@ class PyroSVIModule(LightningModule, ModelOwner):
 
     # -- results -------------------------------------------------------------------------------
 
+    def site_table(self, batch: Any) -> SiteTable:
+        """List every site and parameter: kind, plates, shape, scale, log-probabilities, guide.
+
+        Works where the checks refuse the model too; needs N. Leaves parameters, buffers and random
+        states as they are. Print it, or hand it to ``rich.print``.
+
+        Args:
+            batch: B rows, on the module's device.
+        """
+        return table_of_sites(self, batch)
+
     @torch.no_grad()
-    def posterior_samples(self, num_samples: int) -> dict[str, torch.Tensor]:
-        """Draw the global latents from the guide; needs no data.
+    def posterior_samples(self, num_samples: int, rows: Any = None) -> dict[str, torch.Tensor]:
+        """Draw latents from the guide; needs no data.
 
         Args:
             num_samples: Number of draws.
+            rows: Row numbers in the training set, whose local latents are drawn jointly with the
+                globals; for guides with parameters of each row.
 
         Returns:
-            Draws by site, ``(num_samples, *shape of the site)``, on the module's device, without
-            gradient. Latents inside the data plate are left out.
+            Draws by site, on the module's device, without gradient: global latents,
+            ``(num_samples, *shape of the site)``; with ``rows``, local latents as well,
+            ``(num_samples, len(rows), *event)``.
 
         Raises:
             RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
+            ValueError: For rows that do not exist or never trained, or whose latents the guide
+                computes from data.
         """
         if not self._initialised:
             raise RuntimeError(
@@ -356,21 +236,14 @@ class PyroSVIModule(LightningModule, ModelOwner):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
         args, kwargs = self.model_inputs(batch)
-        plates = dict.fromkeys(self._data_plates, self._known_size())
+        batch, count, local = self._batch_of_rows(batch, self.num_rows(batch), rows)
         at_once = draws_at_once(self.guide)
-        with self._isolated() as handled:
-            guide = DataPlateMessenger(plates, self.num_rows(batch))(handled(self.guide))
-            return sample_globals(guide, args, kwargs, num_samples, plates=plates, at_once=at_once)
-
-
-_NUM_ROWS = PyroSVIModule.num_rows
-
-
-def _names(names: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
-    found = (names,) if isinstance(names, str) else tuple(names or ())
-    if not all(isinstance(name, str) and name for name in found):
-        raise TypeError(f"{argument} must be a name or names, got {names!r}")
-    return found
+        with self._isolated() as handled, self._rows_of(batch, count, held_out=False):
+            guide = self._handler(count)()(handled(self.guide))
+            plates = self._row_plates()
+            return sample_latents(
+                guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
+            )
 
 
 def _is_scaled(site: Any) -> bool:

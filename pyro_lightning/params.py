@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -12,8 +12,10 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import constraints, transform_to
 
+_Result = TypeVar("_Result")
 
-def complete_contexts(run: Callable[[], None]) -> None:
+
+def complete_contexts(run: Callable[[], _Result]) -> _Result:
     """Run something with local parameters, making PyroModules of Pyro's default settings fit.
 
     Pyro gives a PyroModule's context its ``param_state`` only when the setting

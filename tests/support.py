@@ -1,5 +1,10 @@
 """What several tests share: a quiet Trainer, and models with a known posterior."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -10,6 +15,27 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from pyro_lightning import PyroSVIModule
+
+HERE = Path(__file__).parent
+
+
+def run_script(name: str, folder: Path) -> Any:
+    """Run a script of this folder that starts processes; returns the JSON that it writes."""
+    path = folder / "found.json"
+    # One thread a process: there are as many processes as cores.
+    path_of_modules = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
+    run = subprocess.run(
+        [sys.executable, str(HERE / name), str(path)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(path.read_text())
+
 
 # Lightning says so of every module with a validation step and a bare training loader.
 no_validation = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -116,8 +116,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         loc = self.net(x[:, None]).mean()
-        for name in ("mu", "sigma"):
-            pyro.sample(name, dist.LogNormal(loc, 0.1) if name == "sigma" else dist.Normal(loc, 0.1))
+        pyro.sample("mu", dist.Normal(loc, 0.1))
+        pyro.sample("sigma", dist.LogNormal(loc, 0.1))
 
 
 def shared():

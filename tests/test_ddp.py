@@ -1,34 +1,16 @@
 """Two processes on the CPU find the posterior of one, with N the whole training set."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from ddp_fit import DATA, EPOCHS, B, N
+from support import run_script
 
-HERE = Path(__file__).parent
 SD = (100 + N) ** -0.5
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ddp") / "found.json"
-    # One thread a process: there are as many processes as cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    run = subprocess.run(
-        [sys.executable, str(HERE / "ddp_fit.py"), str(path)],
-        env=environment,
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(path.read_text())
+    return run_script("ddp_fit.py", tmp_path_factory.mktemp("ddp"))
 
 
 def test_n_is_the_whole_training_set_on_each_rank(found):

@@ -153,8 +153,6 @@ def test_unknown_number_of_observations():
 # -- latents of the rows ---------------------------------------------------------------------------
 
 AUTOGUIDES = [
-    AutoNormal,
-    AutoDelta,
     AutoDiagonalNormal,
     AutoMultivariateNormal,
     AutoLowRankMultivariateNormal,
@@ -187,8 +185,8 @@ def test_autoguide_with_a_latent_of_each_row(guide, style):
 def test_autoguide_in_a_list_with_a_latent_of_each_row():
     guide = AutoGuideList(local_latent)
     guide.append(AutoCallable(local_latent, lambda x: {"mu": mean()}))
-    guide.append(AutoDelta(poutine.block(local_latent, expose=["z"])))
-    refused(["latent site 'z'", "AutoDelta", "amortised"], local_latent, guide)
+    guide.append(AutoDiagonalNormal(poutine.block(local_latent, expose=["z"])))
+    refused(["latent site 'z'", "AutoDiagonalNormal", "amortised"], local_latent, guide)
 
 
 def test_autoguide_with_a_missing_value_of_each_row():
@@ -196,7 +194,7 @@ def test_autoguide_with_a_missing_value_of_each_row():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0), obs=x, obs_mask=x > 0)
 
-    refused(["latent site 'x_unobserved'", "amortised"], model)
+    refused(["latent site 'x_unobserved'", "amortised"], model, AutoDiagonalNormal)
 
 
 def test_autoguide_with_latents_of_rows_and_nothing_scaled():
@@ -206,6 +204,11 @@ def test_autoguide_with_latents_of_rows_and_nothing_scaled():
             observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x)
 
     refused(["'z'", "'rows'", "amortised"], model, data_plate=None)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
+def test_autoguide_of_rows_and_a_batch_that_does_not_tell_its_rows(guide):
+    refused(["site 'z'", "plate 'data'", "IndexedDataset", "IndexedBatch"], local_latent, guide)
 
 
 # -- a guide whose plate is not the model's --------------------------------------------------------

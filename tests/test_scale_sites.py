@@ -80,11 +80,12 @@ def test_data_plate_of_another_name():
     assert loss_of(model, data_plate="rows") == pytest.approx(expected(), rel=1e-12)
 
 
-def test_a_plate_that_is_not_named_is_not_scaled():
+def test_a_plate_that_is_not_over_the_rows_is_not_scaled():
+    # It is as large as the batch by chance.
     def model(x):
         in_plate(x)
-        with pyro.plate("other", len(x)):
-            observe(x, "y")
+        with pyro.plate("other", len(X)):
+            observe(X, "y")
 
     assert loss_of(model) == pytest.approx(expected() - log_likelihood(X), rel=1e-12)
 

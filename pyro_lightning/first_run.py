@@ -1,0 +1,62 @@
+"""One run of guide and model on a batch, for the record of the sites that run."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+
+from pyro_lightning.batches import first_rows
+from pyro_lightning.diagnosis import explained
+from pyro_lightning.guides import make_prototypes, parts_of
+from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.rows import data_of
+from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
+
+Handled = Callable[[Any], Callable[..., Any]]
+
+
+def run_once(
+    module: Any, batch: Any, handled: Handled
+) -> tuple[DataPlateMessenger, DataPlateMessenger]:
+    """Run the guide, and the model with what the guide drew; lazy parameters exist afterwards.
+
+    Args:
+        module: A ``PyroSVIModule``.
+        batch: A batch of it.
+        handled: What keeps the parameters of model and guide the module's own.
+
+    Returns:
+        The handlers under which model and guide ran, with the sites that they met.
+    """
+    data = data_of(batch)
+    rows, plates = module.num_rows(data), module._row_plates()
+    args, kwargs = module.model_inputs(data)
+    handler, identities = module._handler(rows), module._count_rows()
+    in_model, in_guide = handler(), handler()
+    model, guide = handled(module.model), handled(module.guide)
+    with torch.no_grad(), explained((args, kwargs), handler, model):
+        make_prototypes(
+            module.guide,
+            guide,
+            lambda fn: FullSizeMessenger(plates, identities)(handler()(handled(fn))),
+            partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
+            (args, kwargs),
+        )
+        with module._rows_of(batch, rows, held_out=False):
+            trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
+        poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
+    return in_model, in_guide
+
+
+def run_shorter(module: Any, batch: Any, handled: Handled, values: Messenger) -> list[Any]:
+    """Run the model without the last row of the batch, under a handler that gives values."""
+    data = data_of(batch)
+    rows = module.num_rows(data) - 1
+    args, kwargs = module.model_inputs(first_rows(data, rows))
+    with torch.no_grad(), values, module._handler(rows)() as met:
+        handled(module.model)(*args, **kwargs)
+    sites: list[Any] = met.sites
+    return sites

@@ -1,0 +1,197 @@
+"""How a module comes to its sizes, parameters and optimizer, before its first step."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import nn
+
+from pyro_lightning._lightning import stage_loader, transferred
+from pyro_lightning.batches import (
+    batch_arguments,
+    count_rows,
+    example_batch,
+    first_rows,
+    map_tensors,
+)
+from pyro_lightning.checks import check_leaves, check_sites
+from pyro_lightning.elbo import Estimate, estimate_elbo
+from pyro_lightning.first_run import run_once, run_shorter
+from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
+from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.owner import ModelOwner
+from pyro_lightning.params import complete_contexts
+from pyro_lightning.posterior import sites_of_data
+from pyro_lightning.row_hooks import RowHooks
+from pyro_lightning.row_optim import rowwise
+from pyro_lightning.rows import data_of, row_source
+from pyro_lightning.sizes import dataset_size_of
+from pyro_lightning.states import preserved_state
+from pyro_lightning.structure import explained_scales
+from pyro_lightning.tables import PriorMessenger, without_sites
+
+STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
+
+
+class LifeCycle(RowHooks, ModelOwner):
+    """What a ``PyroSVIModule`` does before its first step, and how it runs model and guide."""
+
+    elbo: ELBO
+    _optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
+    _scale_sites: tuple[str, ...]
+    _given_size: int | None
+    _dataset_size: int | None
+    _checks: bool
+    _mean_batch_size: float | None = None
+    _prototype: Any = None
+    _initialised: bool = False
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def model_inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Turn a batch into the arguments of model and guide; override for other batches.
+
+        A tuple or list becomes positional arguments, a mapping keywords, a tensor one argument.
+
+        Returns:
+            Positional arguments and keyword arguments.
+        """
+        return batch_arguments(batch)
+
+    def num_rows(self, batch: Any) -> int:
+        """Count B, the observations in a batch; override where rows are counted otherwise.
+
+        Raises:
+            ValueError: When the batch is empty or its tensors disagree.
+        """
+        return count_rows(batch)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def dataset_size(self) -> int | None:
+        """N, the number of observations in the training set; None until it is known."""
+        return self._dataset_size
+
+    def _known_size(self) -> int:
+        if self._dataset_size is None:
+            raise RuntimeError(
+                f"N, the number of training observations, is not known yet. State it: {STATE_N}."
+            )
+        return self._dataset_size
+
+    # -- one run -------------------------------------------------------------------------------
+
+    def _handler(self, batch_size: int) -> Callable[[], DataPlateMessenger]:
+        """Make what scales model and guide, for a batch."""
+        size = self._known_size()
+        plates = {name: stated or size for name, stated in self._data_plates.items()}
+        sites = dict.fromkeys(self._scale_sites, size)
+        return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
+
+    def _run(self, batch: Any, held_out: bool = False) -> Estimate:
+        data = data_of(batch)
+        rows = self.num_rows(data)
+        args, kwargs = self.model_inputs(data)
+        with self._isolated() as handled, self._rows_of(batch, rows, held_out) as unseen:
+            model, guide = handled(self.model), handled(self.guide)
+            if unseen:
+                model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
+            return estimate_elbo(self.elbo, model, guide, args, kwargs, self._handler(rows))
+
+    # -- before the first step -----------------------------------------------------------------
+    def _initialise(self, batch: Any) -> None:
+        """Make every parameter and check model and guide, on one batch; leave all else as it was.
+
+        Outside inference mode, whose tensors cannot train; the guide's prototype without
+        gradients, so that what it remembers can be copied.
+        """
+        self._find_networks()
+        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
+            batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
+            batch = self._with_rows(batch)
+            complete_contexts(partial(self._warm_up, batch, handled))
+        data = data_of(batch)
+        counted = type(self).num_rows is LifeCycle.num_rows
+        self._prototype = first_rows(data, 2) if counted else data
+        self._initialised = True
+
+    def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
+        in_model, in_guide = run_once(self, batch, handled)
+        rows = in_model.batch_size
+        plates = cut_plates(in_model) if in_model.plates else row_plates(in_model.sites, rows)
+        served = {table.site for table in self._tables()}
+        self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
+        if self._checks:
+            refuse_local_latents(self.guide, in_guide.sites, plates, served)
+            # Only a batch whose rows are counted by us can be cut.
+            counted = type(self).num_rows is LifeCycle.num_rows
+            shorter = partial(run_shorter, self, batch, handled) if counted else None
+            check_sites(in_model, in_guide, self.elbo, plates, shorter)
+        explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
+        with torch.enable_grad(), explained:
+            loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
+            check_leaves(loss, self)
+
+    def setup(self, stage: str) -> None:
+        """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
+        if stage == "predict":
+            return
+        training = stage == "fit"
+        with preserved_state(self):  # a user's hook or data set may draw random numbers
+            loader = stage_loader(self.trainer, stage)
+            if training or self._dataset_size is None:
+                self._dataset_size = self._resolve_size(loader if training else None)
+            batch = None if self._initialised or loader is None else self._first_batch(loader)
+        if training:
+            self._mean_batch_size = None
+            source = row_source(loader)
+            self._identities = source.identities if source else None
+        elif self._identities is None:
+            self._identities = getattr(self.trainer.datamodule, "identities", None)  # type: ignore[attr-defined]
+        if batch is not None:
+            self._initialise(batch)
+        if training:
+            self._number_rows(source)
+
+    def _resolve_size(self, loader: Any) -> int:
+        if self._given_size is not None:
+            return self._given_size
+        stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
+        if stated is not None:
+            return int(stated)
+        if loader is None:
+            raise ValueError(
+                "N, the number of training observations, is not known, and is never taken from "
+                f"validation or test data. Fit first, or state it: {STATE_N}."
+            )
+        return dataset_size_of(loader)
+
+    def _first_batch(self, loader: Any) -> Any:
+        # Lightning converts the module after set-up; the parameters to be made need it before.
+        self.trainer.precision_plugin.convert_module(self)
+        with torch.inference_mode(False):
+            batch = example_batch(loader)
+            return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
+
+    def configure_optimizers(self) -> Any:
+        """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
+
+        A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "there is nothing to train: neither model nor guide has a parameter. Use an "
+                "autoguide, or give the guide parameters."
+            )
+        optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

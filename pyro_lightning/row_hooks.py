@@ -1,0 +1,170 @@
+"""Lightning's side of parameters of each row: which rows there are, and their gradients."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import distributed, nn
+from torch.optim import Optimizer
+
+from pyro_lightning.guides import parts_of
+from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
+from pyro_lightning.rows import IndexedBatch, RowSource, checked_rows
+from pyro_lightning.tables import RowTable, missing_rows, row_tables, rows_of_batch
+
+
+class RowHooks(LightningModule):
+    """Keeps account of the rows whose parameters a guide holds."""
+
+    guide: Any
+    _source: Any = None
+    _trained: torch.Tensor | None = None
+    _switched_on: Any = None
+    _identities: int | None = None
+    _sites_of_data: tuple[str, ...] = ()
+
+    _data_plates: dict[str, int | None]
+    _columns: tuple[str, ...]
+
+    def _row_plates(self) -> list[str]:
+        """Names of the plates over the rows of a batch."""
+        return [name for name in self._data_plates if name not in self._columns]
+
+    def _known_size(self) -> int:
+        raise NotImplementedError
+
+    def num_rows(self, batch: Any) -> int:
+        """Count B, the observations in a batch."""
+        raise NotImplementedError
+
+    def _tables(self) -> list[RowTable]:
+        return row_tables(parts_of(self.guide), self._row_plates())
+
+    def _row_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of each row, by their names in this module."""
+        mine = {id(table.parameter) for table in self._tables()}
+        return {name: p for name, p in self.named_parameters() if id(p) in mine}
+
+    def _number_rows(self, source: RowSource | None) -> None:
+        """Have the training set number its rows where the guide needs that.
+
+        Raises:
+            ValueError: When it cannot, or when the guide has parameters of another number of rows.
+        """
+        tables = self._tables()
+        if not tables:
+            return
+        rows = {table.parameter.shape[table.dim] for table in tables}
+        if rows != {self._count_rows()}:
+            raise ValueError(
+                f"the guide has parameters for {sorted(rows)[0]} rows (site '{tables[0].site}'), "
+                f"but there are {self._count_rows()} now. A guide with latents of each row serves "
+                "one data set: make a new module, and hand over guides that have not run."
+            )
+        if source is None:
+            self._source = self._trained = None
+            if not _makes_plates(parts_of(self.guide)):
+                raise ValueError(missing_rows(tables[0]))
+        else:
+            self._source, self._trained = source.dataset.source, source.trained
+            if not source.dataset.row_numbers:
+                self._switched_on = source.dataset
+                self._switched_on.row_numbers = True
+        # DDP would send all rows at each step; on_before_optimizer_step sends those of a batch.
+        self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
+
+    def _count_rows(self) -> int:
+        """How many rows have parameters: those that have a number, or N."""
+        return self._known_size() if self._identities is None else self._identities
+
+    def _with_rows(self, batch: Any) -> Any:
+        """Give a first batch some row numbers where nothing says which rows it holds."""
+        if isinstance(batch, IndexedBatch) or _makes_plates(parts_of(self.guide)):
+            return batch
+        return IndexedBatch(batch, torch.arange(self.num_rows(batch)) % self._count_rows())
+
+    @contextmanager
+    def _rows_of(self, batch: Any, batch_size: int, held_out: bool) -> Iterator[list[str]]:
+        """Let the guide run on a batch's rows; yields the sites whose rows never trained."""
+        parts = parts_of(self.guide)
+        tables = row_tables(parts, self._row_plates())
+        if not tables:
+            yield []
+            return
+        rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
+        if rows is None and not held_out and not _makes_plates(parts):
+            raise ValueError(missing_rows(tables[0]))
+        unseen = held_out and self._unseen(parts, rows)
+        if unseen:
+            rows = torch.zeros(batch_size, dtype=torch.long)  # any: their draws are not used
+        with rows_of_batch(parts, self._row_plates(), batch_size, rows):
+            yield sorted({table.site for table in tables}) if unseen else []
+
+    def _unseen(self, parts: list[Any], rows: torch.Tensor | None) -> bool:
+        if rows is None:
+            return not _makes_plates(parts)
+        return self._trained is not None and not bool(self._trained[rows.cpu()].all())
+
+    def _batch_of_rows(
+        self, batch: Any, batch_size: int, rows: Any
+    ) -> tuple[IndexedBatch, int, set[str]]:
+        """Make a batch that stands for rows; returns it, their number, and their latent sites."""
+        if rows is None:
+            return IndexedBatch(batch, torch.zeros(batch_size, dtype=torch.long)), batch_size, set()
+        tables = self._tables()
+        if self._sites_of_data or not tables:
+            sites = ", ".join(map(repr, self._sites_of_data)) or "none"
+            raise ValueError(
+                "posterior_samples(rows=...) serves guides that keep parameters of each row, and "
+                f"nothing else of it (latents that this guide computes from data: {sites}). Run "
+                "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
+            )
+        numbers = torch.as_tensor(rows)
+        batch = IndexedBatch(batch, numbers)
+        checked_rows(batch, len(numbers), self._count_rows(), None)
+        if self._trained is not None and not self._trained[numbers.cpu()].all():
+            missing = numbers[~self._trained[numbers.cpu()]].tolist()
+            raise ValueError(
+                f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
+                "nothing of them"
+            )
+        return batch, len(numbers), {table.site for table in tables}
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Start with equal parameters of each row on all ranks, as DDP does with others."""
+        if distributed.is_available() and distributed.is_initialized():
+            for parameter in self._row_parameters().values():
+                distributed.broadcast(parameter.data, 0)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradients of each row the mean over all ranks."""
+        if distributed.is_available() and distributed.is_initialized():
+            for parameter in self._row_parameters().values():
+                average_over_ranks_(parameter)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients as Lightning does, those of the rows of a batch among them."""
+        if not gradient_clip_val:
+            return
+        with dense_stand_ins(optimizer):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the data set as it was."""
+        if self._switched_on is not None:
+            self._switched_on.row_numbers = False
+            self._switched_on = None
+
+
+def _makes_plates(parts: list[Any]) -> bool:
+    """Whether the user's own ``create_plates`` tells an autoguide the rows of a batch."""
+    return any(part.create_plates is not None for part in parts)

@@ -1,0 +1,210 @@
+"""Optimizers that move a row's parameters only in steps whose batch holds the row."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
+
+
+class _RowStep:
+    """Steps rows of sparse gradients one by one in count, everything else as torch does."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step; ``closure`` computes loss and gradients anew."""
+        sparse: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def rows_first() -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        grad = parameter.grad
+                        if grad is not None and grad.is_sparse:
+                            decoupled = isinstance(self, AdamW)
+                            adam_rows_(parameter, grad, self.state[parameter], group, decoupled)
+                            # torch's own step passes over what has no gradient.
+                            sparse.append((parameter, grad))
+                            parameter.grad = None
+            return loss
+
+        try:
+            return super().step(rows_first)  # type: ignore[misc]
+        finally:
+            for parameter, grad in sparse:
+                parameter.grad = grad
+
+    # torch wraps a class's step with its hooks unless it is marked so; they stand around the step
+    # that this one calls, and would run twice.
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+class RowAdam(_RowStep, Adam):
+    r"""``torch.optim.Adam`` with a state of its own for each row of a per-row parameter.
+
+    A row that is in the batch for the t-th time, with gradient g, moves as by Adam's t-th step:
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        \theta \leftarrow \theta - \eta \, \frac{m / (1 - \beta_1^t)}
+        {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Other rows stay as they are, with their moments: dense Adam would move them by momentum. A step
+    costs O(B), not O(N). :class:`PyroSVIModule` uses it in place of ``Adam`` where a guide has
+    parameters of rows; arguments are those of ``Adam``.
+
+    Example:
+        >>> from pyro_lightning.tables import gather_rows
+        >>> table = torch.nn.Parameter(torch.zeros(1000))
+        >>> optimizer = RowAdam([table], lr=0.1)
+        >>> gather_rows(table, torch.tensor([3, 7])).sum().backward()
+        >>> optimizer.step()
+        >>> table.detach().nonzero().flatten(), round(float(table.detach()[3]), 4)
+        (tensor([3, 7]), -0.1)
+
+    Source: Kingma and Ba 2015, "Adam", algorithm 1, row by row.
+    """
+
+
+class RowAdamW(_RowStep, AdamW):
+    """``torch.optim.AdamW`` with a state of its own for each row; see :class:`RowAdam`.
+
+    Weight decay, too, touches a row only in steps whose batch holds it.
+    """
+
+
+def adam_rows_(
+    parameter: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    decoupled: bool = False,
+) -> None:
+    """Step the rows of a sparse gradient by Adam, in place.
+
+    Args:
+        parameter: The table.
+        grad: Its sparse gradient; rows that occur twice are added up.
+        state: The optimizer's state of the parameter, made at its first step.
+        group: Hyperparameters as ``torch.optim.Adam`` keeps them.
+        decoupled: Whether weight decay is that of ``AdamW``.
+    """
+    grad = grad.coalesce()
+    at = tuple(grad.indices())
+    g = grad.values()
+    if group["maximize"]:
+        g = -g
+    if not state:
+        counted = parameter.shape[: grad.sparse_dim()]
+        state["step"] = torch.zeros(counted, dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if group["amsgrad"]:
+            state["max_exp_avg_sq"] = torch.zeros_like(parameter)
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    value = parameter[at]
+    if group["weight_decay"] and decoupled:
+        value = value * (1 - lr * group["weight_decay"])
+    elif group["weight_decay"]:
+        g = g + group["weight_decay"] * value
+    step = state["step"][at] + 1
+    mean = torch.lerp(g, state["exp_avg"][at], beta1)
+    square = state["exp_avg_sq"][at] * beta2 + (1 - beta2) * g * g
+    state["step"][at], state["exp_avg"][at], state["exp_avg_sq"][at] = step, mean, square
+    if group["amsgrad"]:
+        square = torch.maximum(state["max_exp_avg_sq"][at], square)
+        state["max_exp_avg_sq"][at] = square
+    count = step.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
+    denominator = (square / (1 - beta2**count)).sqrt() + group["eps"]
+    parameter[at] = value - lr * (mean / (1 - beta1**count)) / denominator
+
+
+def rowwise(optimizer: Optimizer, tables: Collection[torch.Tensor]) -> Optimizer:
+    """Return an optimizer of the same groups that steps tables of rows row by row.
+
+    Args:
+        optimizer: What the user made of all parameters.
+        tables: The parameters with one entry for each row.
+
+    Raises:
+        TypeError: For an optimizer without such a form, naming those that have one.
+    """
+    if not tables or isinstance(optimizer, _RowStep | Adagrad | SparseAdam):
+        return optimizer
+    if isinstance(optimizer, SGD) and not any(
+        group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+    ):
+        return optimizer
+    for kind, own in ((AdamW, RowAdamW), (Adam, RowAdam)):
+        if type(optimizer) is kind:
+            if any(group["differentiable"] for group in optimizer.param_groups):
+                break
+            return own(optimizer.param_groups)
+    raise TypeError(
+        f"the guide has parameters for each row, which {type(optimizer).__name__} with these "
+        "options would move in steps whose batch does not hold the row, at a cost of O(N) a step. "
+        "Use Adam, AdamW, Adagrad, SparseAdam, or SGD without momentum and weight decay, all of "
+        "torch.optim."
+    )
+
+
+@contextmanager
+def dense_stand_ins(optimizer: Optimizer) -> Iterator[None]:
+    """Show an optimizer's sparse gradients as dense ones of the rows alone, for clipping.
+
+    Clipping changes gradients in place, and torch's does not know sparse ones.
+    """
+    kept = [list(group["params"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [_stand_in(parameter) for parameter in group["params"]]
+    try:
+        yield
+    finally:
+        for group, parameters in zip(optimizer.param_groups, kept, strict=True):
+            group["params"] = parameters
+
+
+def _stand_in(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter
+    parameter.grad = parameter.grad.coalesce()  # a row that is there twice has one gradient
+    values = parameter.grad.values()
+    shown = torch.empty_like(values)
+    shown.grad = values
+    return shown
+
+
+def average_over_ranks_(parameter: torch.Tensor) -> None:
+    """Make a sparse gradient the mean over all ranks, sending the rows of the batches alone.
+
+    DDP would send all N rows.
+    """
+    world = distributed.get_world_size()
+    assert parameter.grad is not None
+    grad = parameter.grad.coalesce()
+    indices, values = grad.indices(), grad.values() / world
+    count = torch.tensor([values.shape[0]], device=values.device)
+    counts = [torch.zeros_like(count) for _ in range(world)]
+    distributed.all_gather(counts, count)
+    sizes = [int(each) for each in counts]
+    missing = max(sizes) - values.shape[0]
+    # Collectives want equal shapes: the shorter ones are filled up, and cut afterwards.
+    indices = torch.cat([indices, indices.new_zeros(indices.shape[0], missing)], 1).T.contiguous()
+    values = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
+    gathered = []
+    for tensor in (indices, values):
+        parts = [torch.empty_like(tensor) for _ in range(world)]
+        distributed.all_gather(parts, tensor)
+        gathered.append(torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)]))
+    averaged = torch.sparse_coo_tensor(
+        gathered[0].T, gathered[1], grad.shape, check_invariants=False
+    )
+    parameter.grad = averaged.coalesce()

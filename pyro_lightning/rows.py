@@ -1,0 +1,171 @@
+"""Which rows of the data set a batch holds, for guides that keep parameters of each row."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import default_collate as _default_collate
+
+
+class IndexedBatch(NamedTuple):
+    """A batch with the numbers of its rows; the model sees ``data`` alone.
+
+    Attributes:
+        data: The batch as the model knows it.
+        rows: Number of each row in the data set, ``(B,)`` integers.
+        source: Which data set the numbers belong to; None is not checked.
+    """
+
+    data: Any
+    rows: Any
+    source: Any = None
+
+
+class IndexedDataset(Dataset[Any]):
+    """A map-style data set whose batches tell which of its rows they hold.
+
+    :class:`PyroSVIModule` needs the numbers where an autoguide has latents of each row. A row keeps
+    its number whatever comes around this data set: ``random_split``, ``Subset``, shuffling,
+    workers, a ``DistributedSampler``. Split what this class wraps into training and validation, or
+    wrap the training part alone; two wrappers never share numbers.
+
+    Args:
+        dataset: The data set, with ``__len__`` and ``__getitem__``.
+        collate_fn: What joins its items, where that is not torch's default; then give the loader
+            ``collate_fn=indexed.collate``.
+
+    Raises:
+        TypeError: For an iterable data set, whose rows have no numbers.
+
+    Example:
+        >>> data = IndexedDataset(torch.arange(10.0))
+        >>> batch = next(iter(DataLoader(data, batch_size=3)))
+        >>> batch.data, batch.rows
+        (tensor([0., 1., 2.]), tensor([0, 1, 2]))
+    """
+
+    row_numbers = True
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"the rows of a {type(dataset).__name__} have no numbers: expected a map-style "
+                "data set, with __len__ and __getitem__"
+            )
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.source = new_source()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def identities(self) -> int:
+        """How many rows have a number."""
+        return len(self)
+
+    def __getitem__(self, index: int) -> IndexedBatch:
+        return IndexedBatch(self.dataset[index], index, self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        if isinstance(items, list) and len(items) == len(indices):
+            return [IndexedBatch(*pair, self.source) for pair in zip(items, indices, strict=True)]
+        return IndexedBatch(items, torch.as_tensor(indices), self.source)
+
+    def collate(self, items: list[IndexedBatch]) -> IndexedBatch:
+        """Join items by the ``collate_fn`` of this data set, and their numbers."""
+        data = (self.collate_fn or _default_collate)([item.data for item in items])
+        return IndexedBatch(data, torch.tensor([int(item.rows) for item in items]), self.source)
+
+
+def new_source() -> int:
+    """Make a number that no other data set has; a number, since default collation keeps it."""
+    return uuid.uuid4().int >> 65
+
+
+def data_of(batch: Any) -> Any:
+    """Return what the model sees of a batch."""
+    return batch.data if isinstance(batch, IndexedBatch) else batch
+
+
+class RowSource(NamedTuple):
+    """Where row numbers come from: the data set, how many rows have one, and those that train."""
+
+    dataset: Any
+    identities: int
+    trained: torch.Tensor | None
+
+
+def row_source(loader: Any) -> RowSource | None:
+    """Find the data set that numbers the rows of a training loader, or could.
+
+    ``Subset``s are looked through; ``trained`` marks the rows that are left, None for all of them.
+
+    Example:
+        >>> data = IndexedDataset(torch.zeros(5))
+        >>> row_source(DataLoader(Subset(data, [1, 3]))).trained
+        tensor([False,  True, False,  True, False])
+    """
+    if not isinstance(loader, DataLoader):
+        return None
+    dataset: Any = loader.dataset
+    kept: Any = None
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        kept = torch.as_tensor(loader.sampler.indices)
+    while isinstance(dataset, Subset):
+        indices = torch.as_tensor(dataset.indices)
+        kept = indices if kept is None else indices[kept]
+        dataset = dataset.dataset
+    if not hasattr(dataset, "row_numbers"):
+        return None
+    own = getattr(dataset, "rows", None)
+    if own is not None:
+        own = torch.as_tensor(own)
+        kept = own if kept is None else own[kept]
+    trained = None
+    if kept is not None:
+        trained = torch.zeros(dataset.identities, dtype=torch.bool)
+        trained[kept] = True
+    return RowSource(dataset, dataset.identities, trained)
+
+
+def checked_rows(batch: Any, batch_size: int, identities: int, source: Any) -> torch.Tensor | None:
+    """Return the row numbers of a batch, or None where it has none.
+
+    Args:
+        batch: A batch.
+        batch_size: B.
+        identities: How many rows have parameters.
+        source: The data set that the parameters belong to; None is not checked.
+
+    Raises:
+        ValueError: When the numbers are not B integers in ``[0, identities)``, or belong to
+            another data set.
+    """
+    if not isinstance(batch, IndexedBatch):
+        return None
+    rows = torch.as_tensor(batch.rows)
+    if rows.shape != (batch_size,) or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"row numbers must be B = {batch_size} integers, got a tensor of shape "
+            f"{tuple(rows.shape)} and {rows.dtype}"
+        )
+    if source is not None and batch.source is not None:
+        # The same for a whole batch, or one for each row after torch's default collation.
+        if (torch.as_tensor(batch.source) != source).any():
+            raise ValueError(
+                "the row numbers of this batch belong to another data set than the one whose rows "
+                "the guide has parameters for. Split one IndexedDataset into training and "
+                "validation, or leave the validation data unwrapped: their rows are then unseen."
+            )
+    low, high = (int(bound) for bound in torch.aminmax(rows))
+    if low < 0 or high >= identities:
+        raise ValueError(
+            f"row numbers {low} to {high} are out of range: the guide has parameters for rows 0 to "
+            f"{identities - 1}. Number the rows of the training set, whose size is N, from 0."
+        )
+    return rows.long()

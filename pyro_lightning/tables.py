@@ -1,0 +1,272 @@
+"""Parameters of each row: read, and their gradients kept, for the rows of a batch alone."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
+from pyro.poutine.messenger import Messenger
+from torch import nn
+from torch.distributions import transform_to
+
+from pyro_lightning.handlers import is_subsample
+
+SERVED = (AutoNormal, AutoDelta)
+
+
+class RowTable(NamedTuple):
+    """A parameter with one entry for each row.
+
+    Attributes:
+        part: The autoguide.
+        site: Name of the latent site.
+        plate: Name of its data plate.
+        owner: The PyroModule that holds the parameter.
+        name: The parameter's name there.
+        dim: The dimension of the rows, from the left.
+    """
+
+    part: AutoGuide
+    site: str
+    plate: str
+    owner: Any
+    name: str
+    dim: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The unconstrained parameter, all rows of it."""
+        # Pyro keeps a PyroParam under this name; without a constraint, by its own.
+        held = self.owner._parameters
+        found: nn.Parameter = held.get(f"{self.name}_unconstrained", held.get(self.name))
+        return found
+
+
+def row_tables(parts: Collection[Any], plates: Collection[str]) -> list[RowTable]:
+    """List the parameters of autoguides that have one entry for each row of a data plate."""
+    found = []
+    for part in parts:
+        if not isinstance(part, SERVED) or part.prototype_trace is None:
+            continue
+        for name, site in part.prototype_trace.iter_stochastic_nodes():
+            frames = [frame for frame in site["cond_indep_stack"] if frame.name in plates]
+            if not frames:
+                continue
+            holders = (part.locs, part.scales) if isinstance(part, AutoNormal) else (part,)
+            path, _, leaf = name.rpartition(".")
+            for holder in holders:
+                owner = attrgetter(path)(holder) if path else holder
+                # Batch dimensions are the same before and after a constraint's transform.
+                batch_dims = site["value"].dim() - site["fn"].event_dim
+                dim = batch_dims + frames[0].dim
+                found.append(RowTable(part, name, frames[0].name, owner, leaf, dim))
+    return found
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of a table, whose gradient is sparse: no step costs O(N)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape, ctx.dim = table.shape, dim
+        return table.index_select(dim, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        indices = rows[None]
+        if ctx.dim:
+            left = [torch.arange(n, device=rows.device) for n in ctx.shape[: ctx.dim]]
+            indices = torch.cartesian_prod(*left, rows).T
+        values = grad.reshape(-1, *ctx.shape[ctx.dim + 1 :])
+        # index_select has checked the rows.
+        grad = torch.sparse_coo_tensor(indices, values, ctx.shape, check_invariants=False)
+        return grad, None, None
+
+
+def gather_rows(table: torch.Tensor, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Take rows of a table along a dimension; the gradient to the table is sparse.
+
+    Example:
+        >>> table = torch.zeros(1000, 2, requires_grad=True)
+        >>> gather_rows(table, torch.tensor([3, 7])).sum().backward()
+        >>> table.grad.is_sparse, table.grad.coalesce().indices()
+        (True, tensor([[3, 7]]))
+    """
+    taken: torch.Tensor = _GatherRows.apply(table, rows, dim)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class FullSizeMessenger(Messenger):
+    """Tells an autoguide that reads its prototype how many rows a data plate has in all.
+
+    ``AutoNormal`` and ``AutoDelta`` repeat initial values to the ``full_size`` of a plate's frame,
+    which for ``pyro.plate("data", len(x))`` would be one batch.
+    """
+
+    def __init__(self, plates: Collection[str], identities: int) -> None:
+        super().__init__()
+        self.plates = plates
+        self.identities = identities
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["cond_indep_stack"] = tuple(
+            frame._replace(full_size=self.identities) if frame.name in self.plates else frame
+            for frame in msg["cond_indep_stack"]
+        )
+
+
+class _GivenRowsMessenger(Messenger):
+    """Keeps the rows that plates were given as they were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
+            self.rows[msg["name"]] = torch.as_tensor(msg["value"])
+
+
+@contextmanager
+def rows_of_batch(
+    parts: Collection[Any], plates: Collection[str], batch_size: int, rows: torch.Tensor | None
+) -> Iterator[None]:
+    """Let autoguides make their data plates for a batch, and read their tables at its rows.
+
+    A guide would keep the plates of its prototype, of another size and with other rows. Its
+    ``create_plates`` is where it asks for them at each run; it is the user's again afterwards.
+
+    Args:
+        parts: The autoguides.
+        plates: Names of the data plates.
+        batch_size: B.
+        rows: Row numbers of the batch, ``(B,)``; None where the user's own ``create_plates`` says.
+
+    Raises:
+        ValueError: When rows are needed and missing, or when the user's plate has others.
+    """
+    tables = row_tables(parts, plates)
+
+    def plates_of(part: Any, own: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        made, given = _given_plates(own, args, kwargs)
+        for name, frame in part._prototype_frames.items():
+            if name in plates and name not in made:
+                made[name] = pyro.plate(name, batch_size, dim=frame.dim)
+        for table in tables:
+            if table.part is part or (table.part.master and table.part.master() is part):
+                _bind(table, _agreed(table, given.get(table.plate), rows))
+        return list(made.values())
+
+    with ExitStack() as undo:
+        for table in tables:
+            undo.callback(table.owner.__dict__.pop, table.name, None)
+        undo.enter_context(_creating_plates(parts, plates_of))
+        yield
+
+
+@contextmanager
+def plates_of_prototype(
+    parts: Collection[Any], plates: Collection[str], batch_size: int, identities: int
+) -> Iterator[None]:
+    """Let autoguides run once on plates of all rows, as Pyro does, to make their tables."""
+    rows = torch.arange(batch_size) % identities
+
+    def plates_of(part: Any, own: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        made, _ = _given_plates(own, args, kwargs)
+        for name, frame in part._prototype_frames.items():
+            if name in plates and name not in made:
+                made[name] = pyro.plate(name, identities, dim=frame.dim, subsample=rows)
+        return list(made.values())
+
+    with _creating_plates(parts, plates_of):
+        yield
+
+
+@contextmanager
+def _creating_plates(parts: Collection[Any], plates_of: Callable[..., Any]) -> Iterator[None]:
+    # Only an autoguide that is in no list makes plates.
+    masters = [part for part in parts if part.master is None]
+    own = [part.create_plates for part in masters]
+    for part in masters:
+        part.create_plates = partial(plates_of, part, part.create_plates)
+    try:
+        yield
+    finally:
+        for part, create_plates in zip(masters, own, strict=True):
+            part.create_plates = create_plates
+
+
+def _given_plates(own: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the user's plates; returns them, and the rows that they were given, by name."""
+    if own is None:
+        return {}, {}
+    with _GivenRowsMessenger() as given:
+        made = own(*args, **kwargs)
+    return {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}, given.rows
+
+
+def _agreed(table: RowTable, given: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+    if given is not None and rows is not None and not torch.equal(given.to(rows.device), rows):
+        raise ValueError(
+            f"create_plates gives plate '{table.plate}' other rows than the batch is said to hold: "
+            "leave create_plates out, or hand over batches without row numbers"
+        )
+    found = rows if given is None else given
+    if found is None:
+        raise ValueError(missing_rows(table))
+    return found
+
+
+def missing_rows(table: RowTable) -> str:
+    """Say that a guide needs row numbers, and where they come from."""
+    return (
+        f"{type(table.part).__name__} has parameters for each row (site '{table.site}' in the "
+        f"data plate '{table.plate}'), and the batch does not tell which rows it holds. Use "
+        "ArrayDataModule, wrap your training data set in IndexedDataset(dataset), or call with "
+        "IndexedBatch(batch, rows)."
+    )
+
+
+def _bind(table: RowTable, rows: torch.Tensor) -> None:
+    """Put the batch's rows where the autoguide looks for the parameter.
+
+    An attribute of the instance comes before ``PyroModule.__getattr__``, which would transform all
+    N rows.
+    """
+    parameter = table.parameter
+    taken = gather_rows(parameter, rows.to(parameter.device), table.dim)
+    constraint, _ = table.owner._pyro_params[table.name]
+    table.owner.__dict__[table.name] = transform_to(constraint)(taken)
+
+
+class PriorMessenger(Messenger):
+    """Draws latents of rows that never trained from the model, given the globals.
+
+    Their guide is then the prior, so their own terms cancel: the draw is taken as given, without a
+    term of its own.
+    """
+
+    def __init__(self, sites: Collection[str]) -> None:
+        super().__init__()
+        self.site_names = sites
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.site_names and not msg["is_observed"]:
+            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["is_observed"] = True
+            msg["mask"] = False
+
+
+def without_sites(guide: Callable[..., Any], sites: Collection[str]) -> Callable[..., Any]:
+    """Hide latent sites of an autoguide from whoever runs it."""
+    # AutoNormal draws a site from an auxiliary one.
+    hidden = [*sites, *(f"{site}_unconstrained" for site in sites)]
+    blocked: Callable[..., Any] = poutine.block(guide, hide=hidden)
+    return blocked

@@ -1,0 +1,195 @@
+"""Sites outside the data plate that hold the rows of the batch are refused, and no others.
+
+Losses of what passes are sums written out by hand.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import nn
+
+from pyro_lightning import PyroSVIModule
+
+N, B = 20, 5
+SCALE = N / B
+X = torch.linspace(-1, 2, B)
+POINTER = "svi.site_table(batch)"
+
+
+@pytest.fixture(params=[True, False], ids=["validation", "no validation"], autouse=True)
+def validation(request):
+    with pyro.validation_enabled(request.param):
+        yield
+
+
+def no_guide(*batch, **named):
+    pass
+
+
+def refused(match, model, guide=no_guide, batch=X, **options):
+    svi = PyroSVIModule(model, guide, dataset_size=N, **options)
+    with pytest.raises(ValueError) as caught:
+        svi.loss(batch)
+    for part in [*match, POINTER]:
+        assert part in str(caught.value)
+
+
+def loss_of(model, guide=no_guide, batch=X, **options):
+    return PyroSVIModule(model, guide, dataset_size=N, **options).loss(batch).item()
+
+
+def bias():
+    """Something that trains, at 0."""
+    return pyro.param("bias", torch.tensor(0.0))
+
+
+def log_normal(x):
+    """Log-density of a standard Normal, summed over its values, written out."""
+    return (-0.5 * x * x - 0.5 * math.log(2 * math.pi)).sum().item()
+
+
+def observe(x, name="x"):
+    pyro.sample(name, dist.Normal(bias(), 1.0), obs=x)
+
+
+# -- rows outside the data plate -------------------------------------------------------------------
+
+
+def also(outside):
+    """A model with one observation in the data plate, and another part."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x)
+        outside(x)
+
+    return model
+
+
+def in_event(x):
+    pyro.sample("y", dist.Normal(bias(), 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+def in_another_plate(x):
+    with pyro.plate("other", len(x)):
+        observe(x, "y")
+
+
+def as_columns(x):
+    pyro.sample("y", dist.Normal(torch.zeros(2, len(x)), 1.0).to_event(2), obs=x.expand(2, -1))
+
+
+def as_factor(x):
+    with pyro.plate("other", len(x)):
+        pyro.factor("y", bias() + x)
+
+
+@pytest.mark.parametrize("outside", [in_event, in_another_plate, as_columns, as_factor])
+def test_observations_that_grow_with_the_batch(outside):
+    match = ["observed site 'y'", "grows with the batch", "with 5 rows", "with 4", "scale_sites"]
+    refused([*match, "pyro.plate('data', len(x))"], also(outside))
+
+
+def test_observations_in_another_plate_can_be_named():
+    refused(["data_plate=('data', 'other')"], also(in_another_plate))
+    expected = pytest.approx(-2 * SCALE * log_normal(X), rel=1e-6)
+    assert loss_of(also(in_another_plate), data_plate=("data", "other")) == expected
+    assert loss_of(also(in_another_plate), scale_sites=["y"]) == expected
+    assert loss_of(also(in_event), scale_sites=["y"]) == expected
+
+
+def test_latent_that_grows_with_the_batch():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(x)]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    match = ["latent site 'z'", "grows with the batch: shape (5,) with 5 rows, shape (4,) with 4"]
+    refused(match, model, AutoDelta)
+
+
+def test_observations_that_are_as_many_as_the_rows_by_chance():
+    other = torch.arange(float(B))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x)
+        pyro.sample("y", dist.Normal(bias(), 1.0).expand([B]).to_event(1), obs=other)
+
+    assert loss_of(model) == pytest.approx(-SCALE * log_normal(X) - log_normal(other), rel=1e-6)
+
+
+def test_latents_that_are_as_many_as_the_rows_by_chance():
+    # The shorter batch runs with the values that are there: an improper prior cannot be drawn from.
+    def model(x):
+        support = dist.constraints.real_vector
+        w = pyro.sample("w", dist.ImproperUniform(support, (), event_shape=(B,)))
+        z = pyro.sample("z", dist.HalfNormal(torch.ones(B)).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal((w + z).sum(), 1.0), obs=x)
+
+    guide = AutoNormal(model, init_loc_fn=lambda site: torch.ones(B))
+    assert math.isfinite(loss_of(model, guide))
+
+
+def test_model_that_does_not_run_on_fewer_rows():
+    def model(x):
+        in_event(x)
+        with pyro.plate("data", len(x)):
+            observe(x.reshape(B, 1).squeeze(-1))
+
+    match = ["observed site 'y'", "does not run on 4 rows", "RuntimeError", "checks=False"]
+    refused(match, model)
+    expected = -(SCALE + 1) * log_normal(X)
+    assert loss_of(model, checks=False) == pytest.approx(expected, rel=1e-6)
+
+
+def test_model_without_such_a_site_need_not_run_on_fewer_rows():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x.reshape(B, 1).squeeze(-1))
+
+    assert loss_of(model) == pytest.approx(-SCALE * log_normal(X), rel=1e-6)
+
+
+def test_shorter_run_leaves_buffers_and_random_states():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                observe(self.norm(x[:, None]).squeeze(-1) + 0 * torch.rand(()))
+            pyro.sample("y", dist.Normal(bias(), 1.0).expand([B]).to_event(1), obs=X)
+
+    model = Model()
+    svi = PyroSVIModule(model, no_guide, dataset_size=N)
+
+    def drawn_after_a_loss():
+        torch.manual_seed(3)
+        svi.loss(X)
+        return torch.rand(())
+
+    first = drawn_after_a_loss()
+    assert model.norm.num_batches_tracked == 1  # by the loss alone
+    torch.testing.assert_close(drawn_after_a_loss(), first, rtol=0, atol=0)
+
+
+def test_batches_whose_rows_are_counted_by_the_user_are_not_cut():
+    class Pairs(PyroSVIModule):
+        def num_rows(self, batch):
+            return len(batch["first"])
+
+    def model(first, rest):
+        with pyro.plate("data", len(first)):
+            observe(first)
+        pyro.sample("y", dist.Normal(bias(), 1.0).expand([B]).to_event(1), obs=X)
+
+    svi = Pairs(model, no_guide, dataset_size=N)
+    loss = svi.loss({"first": X, "rest": torch.zeros(3)}).item()
+    assert loss == pytest.approx(-(SCALE + 1) * log_normal(X), rel=1e-6)
