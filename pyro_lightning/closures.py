@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -42,7 +43,8 @@ def reached_networks(roots: Iterable[Any]) -> dict[str, nn.Module]:
     seen: dict[int, Any] = {}  # the objects themselves too, so that no id is used twice
     while pending:
         name, value = pending.popleft()
-        if isinstance(value, _PLAIN) or id(value) in seen:
+        # By its type, since a weak reference to what is gone cannot even be asked for its class.
+        if type(value) in ProxyTypes or isinstance(value, _PLAIN) or id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, nn.Module):

@@ -1,5 +1,6 @@
 """Networks that functions use: their names, and what is owned already."""
 
+import weakref
 from functools import partial
 
 import pyro
@@ -67,6 +68,23 @@ def test_a_network_that_exists_only_after_the_module_is_found():
 
     svi.loss(BATCH)
     assert names(svi) == {"net"}
+
+
+def test_what_cannot_be_looked_into_is_passed_over():
+    class Owner:
+        pass
+
+    gone = Owner()
+    dead, slots = weakref.proxy(gone), type("Slots", (), {"__slots__": ("net",)})()
+    del gone
+    later = None
+
+    def model(x):
+        return dead, slots, unset, later
+
+    assert reached_networks([model, range(10**9), [0] * 10**6, iter([net])]) == {}
+    unset = net  # which the closure holds from here on
+    assert reached_networks([model]) == {"unset": net}
 
 
 # -- what is owned already -------------------------------------------------------------------------
