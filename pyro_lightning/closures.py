@@ -35,7 +35,7 @@ def reached_networks(roots: Iterable[Any]) -> dict[str, nn.Module]:
 
     Example:
         >>> net = nn.Linear(1, 1)
-        >>> reached_networks([lambda x: net(x)])
+        >>> reached_networks([lambda x, net=net: net(x)])
         {'net': Linear(in_features=1, out_features=1, bias=True)}
     """
     found: dict[str, nn.Module] = {}
