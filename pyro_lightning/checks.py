@@ -18,7 +18,7 @@ from torch import nn
 
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.losses import REPLACED, SERVED
-from pyro_lightning.params import untracked_leaves
+from pyro_lightning.params import trainable_leaves
 from pyro_lightning.shapes import check_broadcast, check_growth
 from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
@@ -150,12 +150,15 @@ def check_leaves(loss: torch.Tensor, module: nn.Module) -> None:
     Raises:
         ValueError: Listing the shapes of the trainable tensors that would never move.
     """
-    lost = untracked_leaves(loss, module)
+    known = {id(parameter) for parameter in module.parameters()}
+    lost = [leaf for leaf in trainable_leaves(loss) if id(leaf) not in known]
     if lost:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in lost)
         raise ValueError(
             f"the loss depends on {len(lost)} trainable tensor(s) of shape {shapes} that are no "
-            "parameters of this module and would never train; a network used inside a function is "
-            "one. Register it there by pyro.module('net', net), or make the model an nn.Module "
-            "that owns it."
+            "parameters of this module and would never train. Make such a tensor a pyro.param, or "
+            "an nn.Parameter of an nn.Module, and do not hide a pyro.param by poutine.block. A "
+            "network that a function makes anew at each call, or that could not be found, must be "
+            "made outside of it and held by a variable that the function uses; or name it by "
+            "pyro.module('net', net)."
         )

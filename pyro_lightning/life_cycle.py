@@ -114,6 +114,7 @@ class LifeCycle(RowHooks, ModelOwner):
         Outside inference mode, whose tensors cannot train; the guide's prototype without
         gradients, so that what it remembers can be copied.
         """
+        self._find_networks()
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             batch = self._with_rows(batch)
@@ -137,7 +138,8 @@ class LifeCycle(RowHooks, ModelOwner):
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
         with torch.enable_grad(), explained:
-            check_leaves(self._run(batch).loss, self)
+            loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
+            check_leaves(loss, self)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_lightning.devices import DeviceMessenger
 from pyro_lightning.guides import BackReferences, make_guide, move_prototypes_
+from pyro_lightning.networks import Networks
 from pyro_lightning.params import LocalParamMessenger, ParamStoreModule, local_parameters
 
 
@@ -50,6 +51,7 @@ class ModelOwner(PyroModule):
 
     def _own(self, model: Any, guide: Any, default_guide: Any) -> None:
         self._pyro_param_store = ParamStoreModule()
+        self._networks = Networks()
         if not self._defines("model"):
             self._register("model", model)
         elif model is not None:
@@ -59,6 +61,11 @@ class ModelOwner(PyroModule):
         elif guide is not default_guide:
             raise ValueError(f"{type(self).__name__} defines guide: do not pass another")
         self._back_references = BackReferences(self)
+        self._find_networks()
+
+    def _find_networks(self) -> None:
+        """Register the networks that model and guide use and this module does not own."""
+        self._networks.find([self.model, self.guide], self)
 
     def _defines(self, name: str) -> bool:
         passed = inspect.getattr_static(ModelOwner, name)
@@ -95,18 +102,29 @@ class ModelOwner(PyroModule):
         device = self._parameter_device() or torch.device("cpu")
         elsewhere = device.type != "cpu"
 
+        trained: set[int] = set()
+
+        def trains(parameter: nn.Parameter) -> bool:
+            if not trained:
+                trained.update(id(mine) for mine in self.parameters())
+            return id(parameter) in trained
+
         def handled(fn: Any) -> Callable[..., Any]:
-            local = LocalParamMessenger(self._pyro_param_store, self._trains)
-            return local(DeviceMessenger(device)(fn) if elsewhere else fn)  # type: ignore[no-any-return]
+            local = LocalParamMessenger(self._pyro_param_store, trains)
+            inner = local(DeviceMessenger(device)(fn) if elsewhere else fn)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                roots = self.model, self.guide
+                with self._networks.lent(roots), self._pyro_param_store.as_global_store():
+                    return inner(*args, **kwargs)
+
+            return run
 
         # Inside the device's context a prior of plain numbers is made there.
         with local_parameters(), device if elsewhere else nullcontext():
             if elsewhere:
                 move_prototypes_(self, device)
             yield handled
-
-    def _trains(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is mine for mine in self.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = type(self).__new__(type(self))

@@ -46,6 +46,22 @@ class ParamStoreModule(nn.Module):
     Names may hold dots, which ``state_dict`` does not allow in one name: they become ``|``.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._constraints: dict[str, Any] = {}
+
+    @contextmanager
+    def as_global_store(self) -> Iterator[None]:
+        """Show these parameters in place of Pyro's global store, which is put back afterwards.
+
+        A statement that ``poutine.block`` hides from every handler outside of it goes there: an
+        autoguide of some of a model's latents runs the model in this way.
+        """
+        params = {name: self._parameters[_key(name)] for name in self._constraints}
+        state = {"params": params, "constraints": self._constraints.copy()}
+        with pyro.get_param_store().scope(state):
+            yield
+
     def get(
         self, name: str, init: Any, constraint: Any, owned: Callable[[nn.Parameter], bool]
     ) -> torch.Tensor:
@@ -53,7 +69,7 @@ class ParamStoreModule(nn.Module):
 
         ``owned`` tells whether a parameter that ``pyro.module`` hands over trains already.
         """
-        key = name.replace(".", "|")
+        key = _key(name)
         if key not in self._parameters:
             if init is None:
                 raise RuntimeError(
@@ -63,9 +79,11 @@ class ParamStoreModule(nn.Module):
             if isinstance(init, nn.Parameter) and owned(init):
                 return init
             self._parameters[key] = self._make(init, constraint)
+            self._constraints[name] = constraint
         unconstrained = self._parameters[key]
         assert unconstrained is not None
-        value: torch.Tensor = transform_to(constraint)(unconstrained)
+        # As in Pyro, the first statement's constraint holds: later ones may leave it out.
+        value: torch.Tensor = transform_to(self._constraints[name])(unconstrained)
         # As in Pyro, a value leads to its parameter; it may be that very tensor.
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
@@ -84,6 +102,10 @@ class ParamStoreModule(nn.Module):
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)
         return self.__dict__.copy()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "|")
 
 
 class LocalParamMessenger(Messenger):
@@ -111,9 +133,8 @@ class LocalParamMessenger(Messenger):
         msg["done"] = True
 
 
-def untracked_leaves(loss: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
-    """Find trainable tensors that the loss depends on and that are no parameters of the module."""
-    known = {id(p) for p in module.parameters()}
+def trainable_leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """Find the tensors that a backward pass of the loss would give a gradient."""
     found: dict[int, torch.Tensor] = {}
     pending: list[Any] = [loss.grad_fn]
     seen: set[Any] = set()
@@ -123,7 +144,7 @@ def untracked_leaves(loss: torch.Tensor, module: nn.Module) -> list[torch.Tensor
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
+        if leaf is not None:
             found[id(leaf)] = leaf
         pending.extend(parent for parent, _ in node.next_functions)
     return list(found.values())

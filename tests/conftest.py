@@ -1,5 +1,16 @@
-"""One thread: the models are tiny, and threads that wait for each other cost most of their time."""
+"""What holds for all tests, and what some of them ask for."""
 
+import pyro
+import pytest
 import torch
 
+# The models are tiny, and threads that wait for each other cost most of their time.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def untouched_store():
+    """Pyro's global store, which is empty and must stay so."""
+    with pyro.get_param_store().scope():
+        yield
+        assert not pyro.get_param_store()

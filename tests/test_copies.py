@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -56,8 +57,8 @@ class OwnModel(PyroSVIModule):
         model(x - self.shift)
 
 
-def from_functions(guide):
-    return PyroSVIModule(model, guide, dataset_size=N)
+def from_functions(guide, fn=model):
+    return PyroSVIModule(fn, guide, dataset_size=N)
 
 
 def from_methods():
@@ -75,6 +76,55 @@ def bare_params():
     return from_functions(guide)
 
 
+def from_network(run):
+    """A model whose noise is computed by what it closes over."""
+
+    def fn(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, run(x[:, None]).sum(-1).exp()), obs=x)
+
+    return from_functions(AutoNormal, fn)
+
+
+def networks():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    last = net[2]  # which has a name of its own, too
+    return from_network(lambda x: last(net[:2](x)))
+
+
+def recurrent():
+    net = nn.GRU(1, 2)  # holds its parameters twice: by name, and in a list
+    return from_network(lambda x: net(x)[0])
+
+
+def argument():
+    return from_network(partial(lambda net, x: net(x), nn.Linear(1, 1)))
+
+
+def named():
+    net = nn.Linear(1, 1)
+    return from_network(lambda x: pyro.module("net", net)(x))
+
+
+class Encoder(nn.Module):
+    """A guide that owns the network which the model closes over."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        loc = self.net(x[:, None]).mean()
+        pyro.sample("mu", dist.Normal(loc, 0.1))
+        pyro.sample("sigma", dist.LogNormal(loc, 0.1))
+
+
+def shared():
+    net = nn.Linear(1, 1)
+    return from_functions(Encoder(net), lambda x: model(x + net(x[:, None])[:, 0]))
+
+
 MODULES = {
     "autoguide": lambda: from_functions(AutoNormal),
     "joint autoguide": lambda: from_functions(AutoMultivariateNormal),
@@ -82,6 +132,11 @@ MODULES = {
     "bound methods": from_methods,
     "bare params": bare_params,
     "subclass": OwnModel,
+    "networks": networks,
+    "recurrent network": recurrent,
+    "network in a partial": argument,
+    "pyro.module": named,
+    "network of model and guide": shared,
 }
 
 
@@ -107,7 +162,9 @@ def check_apart(one, other):
     """Train ``one``: it moves, in all its parameters, and ``other`` does not."""
     seeded_loss(one), seeded_loss(other)
     ours, theirs = values(one), values(other)
+    other.zero_grad()
     fit(one)
+    assert all(p.grad is None for p in other.parameters())
     assert ours
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(p, ours[name]) for name, p in one.named_parameters())

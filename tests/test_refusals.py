@@ -269,24 +269,30 @@ def test_guide_plate_of_another_size():
 # -- what would never train ------------------------------------------------------------------------
 
 
-def test_network_closed_over_by_a_function():
-    net = nn.Linear(1, 2)
+def test_tensor_of_no_module_that_a_function_uses():
+    weight = torch.zeros(B, requires_grad=True)
 
     def model(x):
         loc = mean()
         with pyro.plate("data", len(x)):
-            observe(loc + net(x[:, None]).sum(-1), x)
+            observe(loc + weight * x, x)
 
-    refused(["2 trainable tensor(s)", "(2, 1)", "(2,)", "pyro.module('net', net)"], model)
+    refused(["1 trainable tensor(s)", "(4,)", "pyro.param", "nn.Parameter"], model)
 
 
-def test_network_closed_over_by_a_guide():
-    net = nn.Linear(1, 2)
-
+def test_network_made_anew_at_each_run_of_a_guide():
     def guide(x):
-        pyro.sample("mu", dist.Normal(net(torch.ones(1)).sum(), 0.5))
+        pyro.sample("mu", dist.Normal(nn.Linear(1, 2)(torch.ones(1)).sum(), 0.5))
 
-    refused(["(2, 1)", "pyro.module('net', net)"], normal_mean, guide)
+    refused(["(2, 1)", "made outside", "pyro.module('net', net)"], normal_mean, guide)
+
+
+def test_pyro_param_hidden_from_inference():  # which Pyro would never train, and say nothing
+    def guide(x):
+        pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.5))
+
+    refused(["1 trainable", "poutine.block"], normal_mean, poutine.block(guide, expose=["mu"]))
+    assert "loc" not in pyro.get_param_store()
 
 
 def test_pyro_param_without_a_value():
