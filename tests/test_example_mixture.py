@@ -86,7 +86,7 @@ def test_components_are_recovered():
     # rounding in a sum of 1000 terms.
     with torch.no_grad():
         assert -float(svi.loss(x)) == pytest.approx(reached, rel=1e-5)
-    # In four seeds the best is missed by 0.002 nats at most; a nat is a posterior sd or so.
+    # In four seeds the best is missed by 0.002 nats at most; one posterior sd is half a nat.
     assert reached > best_log_joint(x) - 0.1
     # Three of the sampling errors that 300 and 700 draws would have with their components known.
     torch.testing.assert_close(found["weights"], WEIGHTS.double(), rtol=0, atol=0.045)
