@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 
 def stage_loader(trainer: Trainer, stage: str) -> Any:
@@ -19,6 +20,15 @@ def stage_loader(trainer: Trainer, stage: str) -> Any:
     }
     source = loops[stage]._data_source
     return source.dataloader() if source.is_defined() else None
+
+
+def loses_new_parameters(trainer: Trainer) -> bool:
+    """Whether what is made in a fit does not reach the process that called ``Trainer.fit``.
+
+    Launchers of this kind load the weights back with ``strict=False``, without a word of those for
+    which the module there has no place.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def transferred(module: LightningModule, batch: Any, device: torch.device) -> Any:

@@ -84,21 +84,32 @@ def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch,), {}
 
 
+def first_of(loaders: Any) -> Any:
+    """Return the first of several loaders, which validate one after the other; or the only one."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    return (loaders[0] if loaders else None) if isinstance(loaders, tuple | list) else loaders
+
+
 def example_batch(loader: Any) -> Any:
     """Take one batch as a loader would make it, in this process, without moving its sampler.
 
     A map-style data set is asked for its first rows, so that neither the sampler's random state
     nor the loader's workers are touched. Several loaders give a batch of each. Anything else is
     iterated once.
+
+    Raises:
+        ValueError: When a stream can be iterated only once.
     """
     if isinstance(loader, Mapping):
         return {name: example_batch(each) for name, each in loader.items()}
     if isinstance(loader, tuple | list):
         return [example_batch(each) for each in loader]
     if not isinstance(loader, DataLoader):
-        return next(iter(loader))
+        return next(_anew(loader))
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
+        _anew(dataset)
         alone = DataLoader(dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
         return next(iter(alone))
     if loader.batch_sampler is None:
@@ -109,6 +120,18 @@ def example_batch(loader: Any) -> Any:
     rows = [int(row) for row in islice(known, size)]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
+
+
+def _anew(stream: Any) -> Iterator[Any]:
+    """Iterate a stream, or refuse one that would lose what is read of it here."""
+    iterator: Iterator[Any] = iter(stream)
+    if iterator is iter(stream):
+        raise ValueError(
+            f"{type(stream).__name__} gives the same iterator each time, so that the batch that is "
+            "run at set-up would be lost to the training. Let __iter__ start anew, or call "
+            "svi.loss(batch) once before the fit, with dataset_size given."
+        )
+    return iterator
 
 
 def first_rows(batch: Any, count: int) -> Any:

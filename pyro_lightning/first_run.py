@@ -8,11 +8,13 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from pyro_lightning.batches import first_rows
+from pyro_lightning.batches import first_rows, map_tensors
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.posterior import draws_at_once, stands_in
 from pyro_lightning.rows import data_of
+from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
 
 Handled = Callable[[Any], Callable[..., Any]]
@@ -60,3 +62,44 @@ def run_shorter(module: Any, batch: Any, handled: Handled, values: Messenger) ->
         handled(module.model)(*args, **kwargs)
     sites: list[Any] = met.sites
     return sites
+
+
+def globals_of_data(
+    module: Any, batch: Any, handled: Handled, guide_sites: list[Any]
+) -> tuple[str, ...]:
+    """Name the latents outside the data plates that the guide computes from the batch.
+
+    The guide runs again on a batch of the same shapes, the first row in every row's place, with the
+    same values of these latents: their densities are then the same unless they follow the data.
+    """
+    plates = module._row_plates()
+    sites = {
+        site["name"]: site
+        for site in guide_sites
+        # Auxiliary sites too, from which an autoguide computes its latents.
+        if not (site["is_observed"] or stands_in(site, plates)) and hasattr(site["fn"], "log_prob")
+    }
+    if not sites or draws_at_once(module.guide):  # an autoguide does not read its batch
+        return ()
+    data = data_of(batch)
+    rows = module.num_rows(data)
+
+    def repeated(value: torch.Tensor) -> torch.Tensor:
+        by_row = value.dim() > 0 and len(value) == rows
+        return value[:1].expand(value.shape).clone() if by_row else value
+
+    args, kwargs = module.model_inputs(map_tensors(data, repeated))
+    values = ShortenedValues({name: site["value"] for name, site in sites.items()})
+    with torch.no_grad(), module._rows_of(batch, rows, held_out=False), values:
+        again = module._handler(rows)()
+        again(handled(module.guide))(*args, **kwargs)
+    found = []
+    with torch.no_grad():
+        for site in again.sites:
+            if site["name"] not in sites:
+                continue
+            before = sites[site["name"]]
+            one, other = (s["fn"].log_prob(before["value"]) for s in (before, site))
+            if one.shape != other.shape or not torch.allclose(one, other, equal_nan=True):
+                found.append(site["name"])
+    return tuple(found)

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.infer.autoguide import (
+    AutoCallable,
+    AutoGuide,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+)
 from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
@@ -137,6 +142,20 @@ def refuse_local_latents(
                     f"`pyro.sample('{name}', ...)` inside `pyro.plate('{local[name]}', len(x))`, "
                     f"its parameters computed from the row by a network. {SEE_TABLE}"
                 )
+
+
+def refuse_point(guide: Any) -> None:
+    """Refuse draws of a guide that holds no more than a point so far.
+
+    Raises:
+        ValueError: For ``AutoLaplaceApproximation``, whose Normal is a guide of its own.
+    """
+    if any(isinstance(part, AutoLaplaceApproximation) for part in parts_of(guide)):
+        raise ValueError(
+            "AutoLaplaceApproximation trains the mode alone: its draws are that point. The "
+            "posterior is svi.guide.laplace_approximation(*data), a guide of its own; run it on "
+            "all N rows, with N = B in its plate, for the Hessian of the whole data set."
+        )
 
 
 class BackReferences:

@@ -83,6 +83,13 @@ class DataPlateMessenger(Messenger):
                 "scaled by N/B twice. Name only the plate over the rows of a batch in data_plate, "
                 "or state the size of each: data_plate={'rows': n_rows, 'columns': n_columns}."
             )
+        for frame in over_rows:
+            if frame.size not in (self.batch_size, -1):
+                raise ValueError(
+                    f"plate '{frame.name}' holds {frame.size} rows at site '{msg['name']}', but "
+                    f"this batch holds B = {self.batch_size}. A plate that is made beforehand "
+                    f"keeps its rows: write pyro.plate('{frame.name}', len(x)) in the model itself."
+                )
         for frame in frames:
             # A frame whose full size exceeds its size was scaled by Pyro's own plate.
             if frame.full_size is None or frame.full_size == frame.size:

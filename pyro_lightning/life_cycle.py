@@ -8,18 +8,19 @@ import torch
 from pyro.infer import ELBO, EnergyDistance
 from torch import nn
 
-from pyro_lightning._lightning import stage_loader, transferred
+from pyro_lightning._lightning import loses_new_parameters, stage_loader, transferred
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import (
     batch_arguments,
     count_rows,
     example_batch,
+    first_of,
     first_rows,
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites
 from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.first_run import run_once, run_shorter
+from pyro_lightning.first_run import globals_of_data, run_once, run_shorter
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.owner import ModelOwner
@@ -28,7 +29,7 @@ from pyro_lightning.posterior import sites_of_data
 from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.rows import data_of, row_source
-from pyro_lightning.sizes import dataset_size_of
+from pyro_lightning.sizes import dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
 from pyro_lightning.tables import PriorMessenger, without_sites
@@ -48,6 +49,8 @@ class LifeCycle(RowHooks, ModelOwner):
     _dataset_size: int | None
     _checks: bool
     _mean_batch_size: float | None = None
+    _followed: Any = None
+    _globals_of_data: tuple[str, ...] = ()
     _prototype: Any = None
     _initialised: bool = False
 
@@ -130,6 +133,7 @@ class LifeCycle(RowHooks, ModelOwner):
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model.sites, rows)
         served = {table.site for table in self._tables()}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
+        self._globals_of_data = globals_of_data(self, batch, handled, in_guide.sites)
         if self._checks:
             refuse_local_latents(self.guide, in_guide.sites, plates, served)
             # Only a batch whose rows are counted by us can be cut.
@@ -146,13 +150,21 @@ class LifeCycle(RowHooks, ModelOwner):
         if stage == "predict":
             return
         training = stage == "fit"
+        if training and not self._initialised and loses_new_parameters(self.trainer):
+            raise ValueError(
+                "this strategy trains in processes started from this one and loads their result "
+                "back here, where the guide has no parameters yet to hold it. Call svi.loss(batch) "
+                "once before the fit, with dataset_size given; or use strategy='ddp'."
+            )
         with preserved_state(self):  # a user's hook or data set may draw random numbers
             loader = stage_loader(self.trainer, stage)
             if training or self._dataset_size is None:
                 self._dataset_size = self._resolve_size(loader if training else None)
+            if not training:
+                loader = first_of(loader)
             batch = None if self._initialised or loader is None else self._first_batch(loader)
         if training:
-            self._mean_batch_size = None
+            self._mean_batch_size = self._followed = None
             source = row_source(loader)
             self._identities = source.identities if source else None
         elif self._identities is None:
@@ -161,6 +173,23 @@ class LifeCycle(RowHooks, ModelOwner):
             self._initialise(batch)
         if training:
             self._number_rows(source)
+
+    def _follow_loader(self, batch: Any) -> None:
+        """Read the mean batch size of the loader that trains, and N anew once it is another.
+
+        Known from the first step only: Lightning gives the loader its sampler after set-up, and may
+        reload it in any epoch.
+        """
+        loader, count = self.trainer.train_dataloader, self.trainer.num_training_batches
+        mean = mean_batch_size(loader, count)
+        if self._followed == (id(loader), count, mean):
+            return
+        if self._followed is not None:
+            self._dataset_size = self._resolve_size(loader)
+        self._followed = id(loader), count, mean
+        # Of a stream of unknown length the first batch is taken for the usual size, so that a
+        # smaller one weighs less; the constant factor that is left moves no optimum.
+        self._mean_batch_size = float(self.num_rows(data_of(batch))) if mean is None else mean
 
     def _resolve_size(self, loader: Any) -> int:
         if self._given_size is not None:
@@ -187,6 +216,11 @@ class LifeCycle(RowHooks, ModelOwner):
 
         A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
         """
+        if not self._initialised:
+            raise RuntimeError(
+                "not all parameters exist yet, and an optimizer made now would miss them: fit the "
+                "module, or call loss(batch) once"
+            )
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(

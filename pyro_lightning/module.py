@@ -12,13 +12,15 @@ from torch import nn
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.elbo import Estimate
+from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.life_cycle import STATE_N, LifeCycle
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
 from pyro_lightning.site_table import SiteTable, table_of_sites
-from pyro_lightning.sizes import batch_weight, mean_batch_size
+from pyro_lightning.sizes import batch_weight
+from pyro_lightning.states import preserved_buffers
 
 
 class PyroSVIModule(LifeCycle):
@@ -110,7 +112,6 @@ class PyroSVIModule(LifeCycle):
                 "the rows of a batch: they are the same N"
             )
         self._given_size = self._dataset_size = dataset_size or stated
-        self._mean_batch_size: float | None = None
         self._prototype: Any = None
         self._initialised = False
         self._checks = checks
@@ -165,22 +166,18 @@ class PyroSVIModule(LifeCycle):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
-        if self._mean_batch_size is None:
-            # Known from the first step only: Lightning gives the loader its sampler after set-up.
-            # Of a stream of unknown length the first batch is taken for the usual size, so that a
-            # smaller one weighs less; the constant factor that is left moves no optimum.
-            trainer = self.trainer
-            mean = mean_batch_size(trainer.train_dataloader, trainer.num_training_batches)
-            rows = self.num_rows(data_of(batch))
-            self._mean_batch_size = float(rows) if mean is None else mean
+        self._follow_loader(batch)
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log ``val_loss``: the validation rows, scaled to the training set's N."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``val_loss``: the validation rows, scaled to the training set's N.
+
+        Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
+        """
         self._logged("val", batch, held_out=True)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
         self._logged("test", batch, held_out=True)
 
@@ -240,11 +237,24 @@ class PyroSVIModule(LifeCycle):
             )
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        refuse_point(self.guide)
+        if self._globals_of_data:
+            raise ValueError(
+                f"the guide computes global latents ({', '.join(self._globals_of_data)}) from its "
+                "batch, so that there is no posterior without data: each batch gives another. Run "
+                "it on a batch, pyro.poutine.trace(svi.guide).get_trace(*batch), or give these "
+                "latents parameters of their own."
+            )
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
         args, kwargs = self.model_inputs(batch)
         batch, count, local = self._batch_of_rows(batch, self.num_rows(batch), rows)
         at_once = draws_at_once(self.guide)
-        with self._isolated() as handled, self._rows_of(batch, count, held_out=False):
+        # A guide with networks runs in the mode that it is in; its statistics stay as they are.
+        with (
+            preserved_buffers(self),
+            self._isolated() as handled,
+            self._rows_of(batch, count, held_out=False),
+        ):
             guide = self._handler(count)()(handled(self.guide))
             plates = self._row_plates()
             return sample_latents(

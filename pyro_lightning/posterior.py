@@ -86,7 +86,7 @@ def sites_of_data(
     return tuple(
         site["name"]
         for site in guide_sites
-        if _is_latent(site) and _stands_in(site, plates) and site["name"] not in served
+        if _is_latent(site) and stands_in(site, plates) and site["name"] not in served
     )
 
 
@@ -105,14 +105,16 @@ def _latents(
     wanted = {
         name: site
         for name, site in sites.items()
-        if _is_latent(site) and (name in local or not _stands_in(site, plates))
+        if _is_latent(site) and (name in local or not stands_in(site, plates))
     }
     return wanted, depth
 
 
 def _is_latent(site: Any) -> bool:
+    """Whether a site of a guide is a latent of the model."""
     return not site["is_observed"] and not site["infer"].get("is_auxiliary")
 
 
-def _stands_in(site: Any, plates: Collection[str]) -> bool:
+def stands_in(site: Any, plates: Collection[str]) -> bool:
+    """Whether a site stands in one of the plates."""
     return any(frame.name in plates for frame in site["cond_indep_stack"])

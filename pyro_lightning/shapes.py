@@ -144,7 +144,7 @@ def check_growth(
     latents = {s["name"]: s["value"] for s in model_sites if not s["is_observed"]}
     messages = {site["name"]: site for site in model_sites}
     try:
-        again = {s["name"]: _shapes(s) for s in run_shorter(_ShortenedValues(latents))}
+        again = {s["name"]: _shapes(s) for s in run_shorter(ShortenedValues(latents))}
     except Exception as error:
         site = messages[next(iter(suspects))]
         raise ValueError(
@@ -185,7 +185,7 @@ def _shapes(site: Any) -> tuple[tuple[int, ...], ...]:
     return (*own, tuple(value.shape) if isinstance(value, torch.Tensor) else ())
 
 
-class _ShortenedValues(Messenger):
+class ShortenedValues(Messenger):
     """Gives latents the values that they had with more rows, cut to size.
 
     So no prior need be sampled, and values that do not grow with the batch stay what they were.

@@ -35,7 +35,7 @@ def dataset_size_of(loader: Any) -> int:
             batches made by the data set itself, or a sampler that visits another number of rows.
 
     Example:
-        >>> dataset_size_of(DataLoader(range(10), batch_size=4, drop_last=True))
+        >>> dataset_size_of(DataLoader(range(10), batch_size=4, shuffle=True, drop_last=True))
         10
     """
     if not isinstance(loader, DataLoader):
@@ -63,11 +63,24 @@ def dataset_size_of(loader: Any) -> int:
         sampler, DistributedSampler | RandomSampler | SequentialSampler
     ) and not hasattr(sampler, "num_replicas"):
         visited = len(sampler) if hasattr(sampler, "__len__") else None
-        known = isinstance(loader.batch_sampler, BatchSampler)
-        if known and visited != len(loader.dataset):  # type: ignore[arg-type]
+        batches = loader.batch_sampler
+        if not isinstance(batches, BatchSampler):
+            visited = None
+        if isinstance(batches, list | tuple):
+            visited = len({row for batch in batches for row in batch})
+        if visited != len(loader.dataset):  # type: ignore[arg-type]
             raise ValueError(
                 f"the sampler {type(sampler).__name__} visits {visited} of "
                 f"{len(loader.dataset)} rows, so N is unclear. {_STATE_IT}"  # type: ignore[arg-type]
+            )
+    elif isinstance(sampler, SequentialSampler) and loader.drop_last:
+        left = len(loader.dataset) % (loader.batch_size or 1)  # type: ignore[arg-type]
+        if left:
+            warnings.warn(
+                f"drop_last without shuffling leaves the same last {left} rows out of every epoch, "
+                "though N counts them: shuffle, or leave drop_last out.",
+                UserWarning,
+                stacklevel=2,
             )
     return len(loader.dataset)  # type: ignore[arg-type]
 

@@ -84,18 +84,7 @@ def log_joint(tones, lengths, transition, probabilities):
     return total
 
 
-NETWORK = pytest.param(
-    True,
-    marks=pytest.mark.xfail(
-        strict=True,
-        raises=NotImplementedError,
-        reason="poutine.block hides the model's param statements from our handlers as the guide "
-        "reads its structure",
-    ),
-)
-
-
-@pytest.mark.parametrize("network", [False, NETWORK])
+@pytest.mark.parametrize("network", [False, True])
 def test_same_steps_as_pyro(network):
     data = sequences(24, seed=0)
     made = partial(make, network=network)

@@ -68,7 +68,7 @@ def distributed(**options):
 LOADERS = {
     "in order": (lambda: BY_TEN(ROWS), N),
     "shuffled": (lambda: BY_TEN(ROWS, shuffle=True), N),
-    "drop_last": (lambda: BY_TEN(ROWS, drop_last=True), N),
+    "drop_last": (lambda: BY_TEN(ROWS, drop_last=True, shuffle=True), N),
     "workers": (lambda: BY_TEN(ROWS, num_workers=2), N),
     "Subset": (lambda: BY_TEN(Subset(ROWS, range(5, 25)), shuffle=True), 20),
     "random_split": (lambda: BY_TEN(random_split(ROWS, [63, 40])[0]), 63),
