@@ -158,7 +158,8 @@ def rows_of_batch(
         made, given = _given_plates(own, args, kwargs)
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
-                made[name] = pyro.plate(name, batch_size, dim=frame.dim)
+                # Pyro warns of a guide's plate with a size where the model's has none.
+                made[name] = pyro.plate(name, batch_size if frame.size > 0 else None, dim=frame.dim)
         for table in tables:
             if table.part is part or (table.part.master and table.part.master() is part):
                 _bind(table, _agreed(table, given.get(table.plate), rows))
