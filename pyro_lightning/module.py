@@ -218,11 +218,12 @@ class PyroSVIModule(RowHooks, ModelOwner):
         sites = dict.fromkeys(self._scale_sites, size)
         return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
 
-    def _run(self, batch: Any, held_out: bool = False) -> Estimate:
+    def _run(self, batch: Any, held_out: bool = False, chosen: bool = False) -> Estimate:
         data = data_of(batch)
         rows = self.num_rows(data)
         args, kwargs = self.model_inputs(data)
-        with self._isolated() as handled, self._rows_of(batch, rows, held_out) as unseen:
+        at_rows = self._rows_of(batch, rows, held_out=held_out, chosen=chosen)
+        with self._isolated() as handled, at_rows as unseen:
             model, guide = handled(self.model), handled(self.guide)
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
@@ -258,9 +259,9 @@ class PyroSVIModule(RowHooks, ModelOwner):
                 partial(plates_of_prototype, parts_of(self.guide), plates, rows, identities),
                 (args, kwargs),
             )
-            if not isinstance(batch, IndexedBatch):
+            if chosen := not isinstance(batch, IndexedBatch):
                 batch = IndexedBatch(data, torch.arange(rows) % identities)
-            with self._rows_of(batch, rows, held_out=False):
+            with self._rows_of(batch, rows, chosen=chosen):
                 trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
         by_row = cut_plates(in_model) if self._data_plates else row_plates(in_model.sites, rows)
@@ -269,7 +270,7 @@ class PyroSVIModule(RowHooks, ModelOwner):
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
         check_scales(in_model.sites, in_guide.sites, self._data_plates)
         with torch.enable_grad():
-            check_leaves(self._run(batch).loss, self)
+            check_leaves(self._run(batch, chosen=chosen).loss, self)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -403,7 +404,7 @@ class PyroSVIModule(RowHooks, ModelOwner):
         args, kwargs = self.model_inputs(batch)
         batch, count, local = self._batch_of_rows(batch, self.num_rows(batch), rows)
         at_once = draws_at_once(self.guide)
-        with self._isolated() as handled, self._rows_of(batch, count, held_out=False):
+        with self._isolated() as handled, self._rows_of(batch, count, chosen=True):
             guide = self._handler(count)()(handled(self.guide))
             plates = self._row_plates()
             return sample_latents(

@@ -76,7 +76,9 @@ class RowHooks(LightningModule):
         return self._known_size() if self._identities is None else self._identities
 
     @contextmanager
-    def _rows_of(self, batch: Any, batch_size: int, held_out: bool) -> Iterator[list[str]]:
+    def _rows_of(
+        self, batch: Any, batch_size: int, *, held_out: bool = False, chosen: bool = False
+    ) -> Iterator[list[str]]:
         """Let the guide run on a batch's rows; yields the sites whose rows never trained."""
         parts = parts_of(self.guide)
         tables = row_tables(parts, self._row_plates())
@@ -89,7 +91,7 @@ class RowHooks(LightningModule):
         unseen = held_out and self._unseen(parts, rows)
         if unseen:
             rows = torch.zeros(batch_size, dtype=torch.long)  # any: their draws are not used
-        with rows_of_batch(parts, self._row_plates(), batch_size, rows):
+        with rows_of_batch(parts, self._row_plates(), batch_size, rows, chosen):
             yield sorted({table.site for table in tables}) if unseen else []
 
     def _unseen(self, parts: list[Any], rows: torch.Tensor | None) -> bool:

@@ -136,7 +136,11 @@ class _GivenRowsMessenger(Messenger):
 
 @contextmanager
 def rows_of_batch(
-    parts: Collection[Any], plates: Collection[str], batch_size: int, rows: torch.Tensor | None
+    parts: Collection[Any],
+    plates: Collection[str],
+    batch_size: int,
+    rows: torch.Tensor | None,
+    chosen: bool = False,
 ) -> Iterator[None]:
     """Let autoguides make their data plates for a batch, and read their tables at its rows.
 
@@ -148,6 +152,7 @@ def rows_of_batch(
         plates: Names of the data plates.
         batch_size: B.
         rows: Row numbers of the batch, ``(B,)``; None where the user's own ``create_plates`` says.
+        chosen: Whether they are no batch's, so that ``create_plates`` cannot know them.
 
     Raises:
         ValueError: When rows are needed and missing, or when the user's plate has others.
@@ -156,6 +161,8 @@ def rows_of_batch(
 
     def plates_of(part: Any, own: Any, *args: Any, **kwargs: Any) -> list[Any]:
         made, given = _given_plates(own, args, kwargs)
+        if chosen:
+            made, given = {name: p for name, p in made.items() if name not in plates}, {}
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
                 # Pyro warns of a guide's plate with a size where the model's has none.
