@@ -160,9 +160,11 @@ def rows_of_batch(
     tables = row_tables(parts, plates)
 
     def plates_of(part: Any, own: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if chosen and own is not None:
+            own = poutine.block(own, hide=list(plates))
         made, given = _given_plates(own, args, kwargs)
         if chosen:
-            made, given = {name: p for name, p in made.items() if name not in plates}, {}
+            made = {name: plate for name, plate in made.items() if name not in plates}
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
                 # Pyro warns of a guide's plate with a size where the model's has none.
