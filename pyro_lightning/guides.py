@@ -45,7 +45,7 @@ def parts_of(guide: Any) -> list[Any]:
 
 
 @contextmanager
-def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]:
+def prototype_model(guide: Any, handled: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Let the autoguides within a guide read the model's structure under our handlers.
 
     An autoguide runs its prototype under ``poutine.block``, where handlers around the guide are
@@ -55,7 +55,7 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
     raw = [part._model for part in parts]
     for part, model in zip(parts, raw, strict=True):
         if model is not None:
-            part._model = (handled(model[0]),)
+            part._model = (handled(part, model[0]),)
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
 def make_prototypes(
     raw: Any,
     guide: Callable[..., Any],
-    handled: Callable[[Any], Any],
+    handled: Callable[[Any, Any], Any],
     plates: Callable[[], AbstractContextManager[None]],
     inputs: tuple[Any, Any],
 ) -> None:
@@ -75,7 +75,7 @@ def make_prototypes(
     Args:
         raw: The guide in whose parts they are.
         guide: The guide, under the handlers that it needs.
-        handled: Puts the model in an autoguide's hands under handlers.
+        handled: Puts the model in an autoguide's hands under handlers, from the two.
         plates: Makes the context in which autoguides make plates of all rows.
         inputs: Positional and keyword arguments of one batch.
     """

@@ -255,7 +255,9 @@ class PyroSVIModule(RowHooks, ModelOwner):
             make_prototypes(
                 self.guide,
                 guide,
-                lambda fn: FullSizeMessenger(plates, identities)(handler()(handled(fn))),
+                lambda part, fn: FullSizeMessenger(part, plates, identities)(
+                    handler()(handled(fn))
+                ),
                 partial(plates_of_prototype, parts_of(self.guide), plates, rows, identities),
                 (args, kwargs),
             )

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributions import transform_to
 
 from pyro_lightning.handlers import is_subsample
+from pyro_lightning.row_sites import check_row_site
 
 SERVED = (AutoNormal, AutoDelta)
 
@@ -110,8 +111,9 @@ class FullSizeMessenger(Messenger):
     which for ``pyro.plate("data", len(x))`` would be one batch.
     """
 
-    def __init__(self, plates: Collection[str], identities: int) -> None:
+    def __init__(self, part: Any, plates: Collection[str], identities: int) -> None:
         super().__init__()
+        self.keeps_tables = isinstance(part, SERVED)
         self.plates = plates
         self.identities = identities
 
@@ -120,6 +122,10 @@ class FullSizeMessenger(Messenger):
             frame._replace(full_size=self.identities) if frame.name in self.plates else frame
             for frame in msg["cond_indep_stack"]
         )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.keeps_tables and not msg["is_observed"] and not is_subsample(msg):
+            check_row_site(msg, self.plates)
 
 
 class _GivenRowsMessenger(Messenger):
