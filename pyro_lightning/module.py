@@ -245,6 +245,7 @@ class PyroSVIModule(RowHooks, ModelOwner):
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
+        self._check_rows_of_guide()
         data = data_of(batch)
         rows, plates = self.num_rows(data), self._row_plates()
         args, kwargs = self.model_inputs(data)

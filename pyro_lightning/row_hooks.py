@@ -43,6 +43,21 @@ class RowHooks(LightningModule):
         mine = {id(table.parameter) for table in self._tables()}
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
 
+    def _check_rows_of_guide(self) -> None:
+        """Check that the guide has parameters of as many rows as there are, if it has any.
+
+        Raises:
+            ValueError: Naming a site and both numbers.
+        """
+        for table in self._tables():
+            rows = table.parameter.shape[table.dim]
+            if rows != self._count_rows():
+                raise ValueError(
+                    f"the guide has parameters for {rows} rows (site '{table.site}'), but there "
+                    f"are {self._count_rows()} now. A guide with latents of each row serves one "
+                    "data set: make a new module, and hand over guides that have not run."
+                )
+
     def _number_rows(self, source: RowSource | None) -> None:
         """Have the training set number its rows where the guide needs that.
 
@@ -52,13 +67,7 @@ class RowHooks(LightningModule):
         tables = self._tables()
         if not tables:
             return
-        rows = {table.parameter.shape[table.dim] for table in tables}
-        if rows != {self._count_rows()}:
-            raise ValueError(
-                f"the guide has parameters for {sorted(rows)[0]} rows (site '{tables[0].site}'), "
-                f"but there are {self._count_rows()} now. A guide with latents of each row serves "
-                "one data set: make a new module, and hand over guides that have not run."
-            )
+        self._check_rows_of_guide()
         if source is None:
             self._source = self._trained = None
             if not _makes_plates(parts_of(self.guide)):

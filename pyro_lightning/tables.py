@@ -173,8 +173,9 @@ def rows_of_batch(
             made = {name: plate for name, plate in made.items() if name not in plates}
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
-                # Pyro warns of a guide's plate with a size where the model's has none.
-                made[name] = pyro.plate(name, batch_size if frame.size > 0 else None, dim=frame.dim)
+                # Hidden: a hand-written part beside makes a plate of that name, too.
+                with poutine.block():
+                    made[name] = pyro.plate(name, batch_size, dim=frame.dim)
         for table in tables:
             if table.part is part or (table.part.master and table.part.master() is part):
                 _bind(table, _agreed(table, given.get(table.plate), rows))
@@ -198,7 +199,8 @@ def plates_of_prototype(
         made, _ = _given_plates(own, args, kwargs)
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
-                made[name] = pyro.plate(name, identities, dim=frame.dim, subsample=rows)
+                with poutine.block():
+                    made[name] = pyro.plate(name, identities, dim=frame.dim, subsample=rows)
         return list(made.values())
 
     with _creating_plates(parts, plates_of):
