@@ -74,8 +74,9 @@ class Amortised(nn.Module):
 def amortised_list(model, **options):
     guide = AutoGuideList(model, **options)
     guide.append(AutoNormal(poutine.block(model, hide=["w"])))
-    # In Pyro alone a guide's plate of size B beside a model's of size N is silently wrong.
-    guide.append(Amortised(by_rows if model is raw else by_length))
+    # Pyro alone refuses a second plate of one name, and has the list's own plates for that.
+    own = "create_plates" in options
+    guide.append(Amortised((lambda x, rows: guide.plates["data"]) if own else by_length))
     return guide
 
 
@@ -150,7 +151,7 @@ def test_instance_with_the_users_own_plates_needs_no_row_numbers(form):
 def test_fit_with_the_users_own_plates_from_plain_batches():
     svi = PyroSVIModule(raw, AutoNormal(raw, create_plates=by_rows))
     loader = DataLoader(TensorDataset(X, torch.arange(N)), batch_size=8, shuffle=True)
-    quiet_trainer(max_epochs=60).fit(svi, loader, loader)
+    quiet_trainer(max_epochs=60).fit(svi, loader)
     z = svi.guide.median()["z"]
     assert float(torch.corrcoef(torch.stack([z, X]))[0, 1]) > 0.9  # 0.0 if rows were mixed up
     draws = svi.posterior_samples(5, rows=[4, 1, 7])
@@ -187,7 +188,8 @@ def test_guide_that_has_run_on_another_number_of_rows(guide):
         svi.loss(IndexedBatch((X[ROWS], ROWS), ROWS))
     with pytest.raises(ValueError, match=r"parameters for 5 rows.*but there are 30"):
         arrays = (X, torch.arange(N))
-        quiet_trainer(max_epochs=1).fit(PyroSVIModule(local, ran), datamodule=ArrayDataModule(arrays))
+        data = ArrayDataModule(arrays)
+        quiet_trainer(max_epochs=1).fit(PyroSVIModule(local, ran), datamodule=data)
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
