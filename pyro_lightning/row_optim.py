@@ -29,7 +29,7 @@ class _RowStep:
                     for parameter in group["params"]:
                         grad = parameter.grad
                         if grad is not None and grad.is_sparse:
-                            # In later releases of torch Adam has this option, too, and AdamW sets it.
+                            # Later releases of torch have it in Adam, too, and set it for AdamW.
                             kind = isinstance(self, AdamW)
                             decoupled = group.get("decoupled_weight_decay", kind)
                             adam_rows_(parameter, grad, self.state[parameter], group, decoupled)
