@@ -205,6 +205,11 @@ def plates_of_prototype(
 
     with _creating_plates(parts, plates_of):
         yield
+    for part in parts:
+        for name, frame in part._prototype_frames.items():
+            if name in plates:  # outside our handlers a guide runs on all rows, not on any B
+                whole = frame._replace(size=identities, full_size=identities)
+                part._prototype_frames[name] = whole
 
 
 @contextmanager
