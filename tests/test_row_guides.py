@@ -175,6 +175,18 @@ def test_create_plates_is_the_users_again_after_a_run():
     assert plain.create_plates is None
 
 
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
+def test_guide_that_is_run_by_hand_has_all_rows(guide):
+    # Pyro's own plates of the first batch's size would give that many rows, drawn at random.
+    svi = PyroSVIModule(local, guide, dataset_size=N)
+    svi.loss(IndexedBatch((X[ROWS], ROWS), ROWS))
+    with torch.no_grad():
+        table = (svi.guide.locs if guide is AutoNormal else svi.guide).z.copy_(X)
+    with pyro.settings.context(module_local_params=True):
+        assert torch.equal(svi.guide.median()["z"], table)
+        assert svi.guide()["z"].shape == (N,)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
