@@ -110,10 +110,15 @@ class RowHooks(LightningModule):
 
     def _batch_of_rows(
         self, batch: Any, batch_size: int, rows: Any
-    ) -> tuple[IndexedBatch, int, set[str]]:
-        """Make a batch that stands for rows; returns it, their number, and their latent sites."""
+    ) -> tuple[IndexedBatch, dict[str, int], torch.Tensor]:
+        """Make a batch that stands for rows, each of them once.
+
+        Returns the batch; the dimension of the rows, from the left, for each latent site of them;
+        and the place in the batch of each row that was asked for.
+        """
         if rows is None:
-            return IndexedBatch(batch, torch.zeros(batch_size, dtype=torch.long)), batch_size, set()
+            places = torch.zeros(batch_size, dtype=torch.long)
+            return IndexedBatch(batch, places), {}, places
         tables = self._tables()
         if self._sites_of_data or not tables:
             sites = ", ".join(map(repr, self._sites_of_data)) or "none"
@@ -123,15 +128,15 @@ class RowHooks(LightningModule):
                 "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
             )
         numbers = torch.as_tensor(rows)
-        batch = IndexedBatch(batch, numbers)
-        checked_rows(batch, len(numbers), self._count_rows(), None)
+        checked_rows(IndexedBatch(batch, numbers), numbers.numel(), self._count_rows(), None)
         if self._trained is not None and not self._trained[numbers.cpu()].all():
             missing = numbers[~self._trained[numbers.cpu()]].tolist()
             raise ValueError(
                 f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
                 "nothing of them"
             )
-        return batch, len(numbers), {table.site for table in tables}
+        numbers, places = numbers.unique(return_inverse=True)
+        return IndexedBatch(batch, numbers), {table.site: table.dim for table in tables}, places
 
     # -- hooks ---------------------------------------------------------------------------------
 
