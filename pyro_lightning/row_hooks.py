@@ -92,7 +92,9 @@ class RowHooks(LightningModule):
         parts = parts_of(self.guide)
         tables = row_tables(parts, self._row_plates())
         if not tables:
-            yield []
+            # An AutoGuideList makes the plates of its hand-written parts, too.
+            with rows_of_batch(parts, self._row_plates(), batch_size, None, chosen):
+                yield []
             return
         rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
         if rows is None and not held_out and not _makes_plates(parts):
