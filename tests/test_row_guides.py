@@ -71,6 +71,18 @@ class Amortised(nn.Module):
             pyro.sample("w", dist.Normal(self.slope * x, 0.5))
 
 
+class Encoder(Amortised):
+    """Computes the parameters of both latents of a row."""
+
+    def __init__(self, guide, own):
+        super().__init__((lambda x, rows: guide.plates["data"]) if own else by_length)
+
+    def forward(self, x, rows):
+        with self.plate(x, rows):
+            pyro.sample("z", dist.Normal(self.slope * x, 0.3))
+            pyro.sample("w", dist.Normal(self.slope * x, 0.5))
+
+
 def amortised_list(model, **options):
     guide = AutoGuideList(model, **options)
     guide.append(AutoNormal(poutine.block(model, hide=["w"])))
@@ -146,6 +158,27 @@ def test_instance_with_the_users_own_plates_needs_no_row_numbers(form):
     svi = PyroSVIModule(raw, make_guide(raw, create_plates=by_rows), dataset_size=N)
     assert_equal_to_pyro(svi, make_guide, numbered=False)
     assert_equal_to_pyro(svi, make_guide, numbered=True)
+
+
+@pytest.mark.parametrize("rows", [ROWS, torch.arange(7)], ids=["equal", "ragged"])
+def test_list_whose_latents_of_rows_are_all_computed_from_the_row(rows):
+    def make_guide(model, **options):
+        guide = AutoGuideList(model, **options)
+        guide.append(AutoNormal(poutine.block(model, expose=["mu"])))
+        guide.append(Encoder(guide, model is raw))
+        return guide
+
+    svi = PyroSVIModule(local, make_guide(local), dataset_size=N)
+    svi.loss((X[:5], None))
+    with pyro.settings.context(module_local_params=True):
+        guide = make_guide(raw, create_plates=by_rows)
+        guide(X[ROWS], ROWS)
+        guide.load_state_dict(svi.guide.state_dict())
+        torch.manual_seed(3)
+        expected = Trace_ELBO().differentiable_loss(raw, guide, X[rows], rows)
+    torch.manual_seed(3)
+    # Single precision, sums of a few dozen terms.
+    torch.testing.assert_close(svi.loss((X[rows], None)), expected, rtol=1e-5, atol=0)
 
 
 def test_fit_with_the_users_own_plates_from_plain_batches():
