@@ -29,6 +29,7 @@ from pyro_lightning.guides import (
     row_plates,
 )
 from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.plates import read_data_plates, read_names
@@ -38,12 +39,7 @@ from pyro_lightning.row_optim import rowwise
 from pyro_lightning.rows import IndexedBatch, data_of, row_source
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
-from pyro_lightning.tables import (
-    FullSizeMessenger,
-    PriorMessenger,
-    plates_of_prototype,
-    without_sites,
-)
+from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
 
 _STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
@@ -251,12 +247,13 @@ class PyroSVIModule(RowHooks, ModelOwner):
         args, kwargs = self.model_inputs(data)
         handler, identities = self._handler(rows), self._count_rows()
         in_model, in_guide = handler(), handler()
+        columns = {name: in_model.plates[name] for name in self._columns}
         model, guide = handled(self.model), handled(self.guide)
         with torch.no_grad(), explained((args, kwargs), handler, model):
             make_prototypes(
                 self.guide,
                 guide,
-                lambda part, fn: FullSizeMessenger(part, plates, identities)(
+                lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
                     handler()(handled(fn))
                 ),
                 partial(plates_of_prototype, parts_of(self.guide), plates, rows, identities),
@@ -268,8 +265,10 @@ class PyroSVIModule(RowHooks, ModelOwner):
                 trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
         by_row = cut_plates(in_model) if self._data_plates else row_plates(in_model.sites, rows)
-        served = {table.site for table in self._tables()}
-        refuse_local_latents(self.guide, in_guide.sites, by_row, served)
+        tables = self._tables()
+        served = {table.site for table in tables}
+        in_rows = {(table.site, table.plate) for table in tables}
+        refuse_local_latents(self.guide, in_guide.sites, by_row, in_rows)
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
         check_scales(in_model.sites, in_guide.sites, self._data_plates)
         with torch.enable_grad():

@@ -137,7 +137,7 @@ class RowHooks(LightningModule):
                 f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
                 "nothing of them"
             )
-        numbers, places = numbers.unique(return_inverse=True)
+        numbers, places = torch.unique(numbers, return_inverse=True)
         return IndexedBatch(batch, numbers), {table.site: table.dim for table in tables}, places
 
     # -- hooks ---------------------------------------------------------------------------------

@@ -1,10 +1,31 @@
-"""Refusals of latents in the data plate of which an autoguide cannot keep one for each row."""
+"""Refusals of latents in the data plates of which an autoguide cannot keep one for each row."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.distributions.constraints import Constraint
+
+
+def check_columns(msg: Any, columns: Mapping[str, int]) -> None:
+    """Check that a latent of an autoguide stands in whole plates of columns.
+
+    Args:
+        msg: The message of the site.
+        columns: How many columns there are in all, by the name of their plate.
+
+    Raises:
+        ValueError: Naming site and plate.
+    """
+    for frame in msg["cond_indep_stack"]:
+        known = columns.get(frame.name, frame.size)
+        if frame.size != known:
+            raise ValueError(
+                f"latent site '{msg['name']}' stands in the data plate '{frame.name}', of which "
+                f"this batch holds {frame.size} of {known}: an autoguide would keep parameters for "
+                "the columns of its first batch and mix up those of every other. Hand over rows "
+                "with all their columns, or write the guide of this site by hand."
+            )
 
 
 def check_row_site(msg: Any, plates: Collection[str]) -> None:

@@ -1,6 +1,6 @@
 """Parameters of each row: read, and their gradients kept, for the rows of a batch alone."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import transform_to
 
 from pyro_lightning.handlers import is_subsample
-from pyro_lightning.row_sites import check_row_site
+from pyro_lightning.row_sites import check_columns, check_row_site
 
 SERVED = (AutoNormal, AutoDelta)
 
@@ -111,11 +111,14 @@ class FullSizeMessenger(Messenger):
     which for ``pyro.plate("data", len(x))`` would be one batch.
     """
 
-    def __init__(self, part: Any, plates: Collection[str], identities: int) -> None:
+    def __init__(
+        self, part: Any, plates: Collection[str], identities: int, columns: Mapping[str, int]
+    ) -> None:
         super().__init__()
-        self.keeps_tables = isinstance(part, SERVED)
+        self.part = part
         self.plates = plates
         self.identities = identities
+        self.columns = columns
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["cond_indep_stack"] = tuple(
@@ -124,7 +127,10 @@ class FullSizeMessenger(Messenger):
         )
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if self.keeps_tables and not msg["is_observed"] and not is_subsample(msg):
+        if msg["is_observed"] or is_subsample(msg) or isinstance(self.part, AutoGuideList):
+            return
+        check_columns(msg, self.columns)
+        if isinstance(self.part, SERVED):
             check_row_site(msg, self.plates)
 
 
@@ -267,29 +273,3 @@ def _bind(table: RowTable, rows: torch.Tensor) -> None:
     taken = gather_rows(parameter, rows.to(parameter.device), table.dim)
     constraint, _ = table.owner._pyro_params[table.name]
     table.owner.__dict__[table.name] = transform_to(constraint)(taken)
-
-
-class PriorMessenger(Messenger):
-    """Draws latents of rows that never trained from the model, given the globals.
-
-    Their guide is then the prior, so their own terms cancel: the draw is taken as given, without a
-    term of its own.
-    """
-
-    def __init__(self, sites: Collection[str]) -> None:
-        super().__init__()
-        self.site_names = sites
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.site_names and not msg["is_observed"]:
-            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
-            msg["is_observed"] = True
-            msg["mask"] = False
-
-
-def without_sites(guide: Callable[..., Any], sites: Collection[str]) -> Callable[..., Any]:
-    """Hide latent sites of an autoguide from whoever runs it."""
-    # AutoNormal draws a site from an auxiliary one.
-    hidden = [*sites, *(f"{site}_unconstrained" for site in sites)]
-    blocked: Callable[..., Any] = poutine.block(guide, hide=hidden)
-    return blocked
