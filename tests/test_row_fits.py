@@ -152,6 +152,28 @@ def test_rows_outside_the_batch_do_not_move_at_all():
     assert outside.met == 9 * 2
 
 
+@pytest.mark.usefixtures("single_precision")
+def test_a_step_touches_none_of_ten_million_rows_but_those_of_the_batch():
+    size, rows = 10**7, torch.tensor([3, 5_000_000, 10**7 - 1])
+
+    def scalar(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    svi = PyroSVIModule(scalar, AutoDelta, dataset_size=size)
+    svi.loss(IndexedBatch(torch.ones(3), rows))
+    (table,) = svi.parameters()
+    before, optimizer = table.detach().clone(), svi.configure_optimizers()
+    for _ in range(2):
+        optimizer.zero_grad()
+        svi.loss(IndexedBatch(torch.ones(3), rows)).backward()
+        assert table.grad.is_sparse
+        assert table.grad._nnz() == 3
+        optimizer.step()
+    assert torch.equal((table.detach() != before).nonzero().flatten(), rows)
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradient_clipping_equals_that_of_dense_gradients(algorithm):
     svi, by_hand = prepared(partial(torch.optim.SGD, lr=0.1))
