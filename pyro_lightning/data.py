@@ -139,6 +139,10 @@ class ArrayDataModule(LightningDataModule):
             collate_fn=_as_is,
         )
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Number rows no longer: Lightning does not tear down a module whose fit failed."""
+        self._train.row_numbers = False
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training rows."""
         return self._loader(self._train, train=True)

@@ -38,16 +38,19 @@ def run_once(
     args, kwargs = module.model_inputs(data)
     handler, identities = module._handler(rows), module._count_rows()
     in_model, in_guide = handler(), handler()
+    columns = {name: in_model.plates[name] for name in module._columns}
     model, guide = handled(module.model), handled(module.guide)
     with torch.no_grad(), explained((args, kwargs), handler, model):
         make_prototypes(
             module.guide,
             guide,
-            lambda fn: FullSizeMessenger(plates, identities)(handler()(handled(fn))),
+            lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
+                handler()(handled(fn))
+            ),
             partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
             (args, kwargs),
         )
-        with module._rows_of(batch, rows, held_out=False):
+        with module._rows_of(batch, rows):
             trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
         poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
     return in_model, in_guide
@@ -90,7 +93,7 @@ def globals_of_data(
 
     args, kwargs = module.model_inputs(map_tensors(data, repeated))
     values = ShortenedValues({name: site["value"] for name, site in sites.items()})
-    with torch.no_grad(), module._rows_of(batch, rows, held_out=False), values:
+    with torch.no_grad(), module._rows_of(batch, rows), values:
         again = module._handler(rows)()
         again(handled(module.guide))(*args, **kwargs)
     found = []

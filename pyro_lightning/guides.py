@@ -51,7 +51,7 @@ def parts_of(guide: Any) -> list[Any]:
 
 
 @contextmanager
-def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]:
+def prototype_model(guide: Any, handled: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Let the autoguides within a guide read the model's structure under our handlers.
 
     An autoguide runs its prototype under ``poutine.block``, where handlers around the guide are
@@ -61,7 +61,7 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
     raw = [part._model for part in parts]
     for part, model in zip(parts, raw, strict=True):
         if model is not None:
-            part._model = (handled(model[0]),)
+            part._model = (handled(part, model[0]),)
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def prototype_model(guide: Any, handled: Callable[[Any], Any]) -> Iterator[None]
 def make_prototypes(
     raw: Any,
     guide: Callable[..., Any],
-    handled: Callable[[Any], Any],
+    handled: Callable[[Any, Any], Any],
     plates: Callable[[], AbstractContextManager[None]],
     inputs: tuple[Any, Any],
 ) -> None:
@@ -81,7 +81,7 @@ def make_prototypes(
     Args:
         raw: The guide in whose parts they are.
         guide: The guide, under the handlers that it needs.
-        handled: Puts the model in an autoguide's hands under handlers.
+        handled: Puts the model in an autoguide's hands under handlers, from the two.
         plates: Makes the context in which autoguides make plates of all rows.
         inputs: Positional and keyword arguments of one batch.
     """
@@ -109,7 +109,10 @@ def row_plates(model_sites: Iterable[Any], batch_size: int) -> set[str]:
 
 
 def refuse_local_latents(
-    guide: Any, guide_sites: Iterable[Any], plates: Iterable[str], served: Collection[str] = ()
+    guide: Any,
+    guide_sites: Iterable[Any],
+    plates: Iterable[str],
+    served: Collection[tuple[str, str]] = (),
 ) -> None:
     """Refuse an autoguide with latents in the data plate that keeps none for other rows.
 
@@ -117,21 +120,21 @@ def refuse_local_latents(
         guide: The guide.
         guide_sites: Messages of the sites of one run of it.
         plates: Names of the data plates.
-        served: Sites of which the guide keeps parameters for every row.
+        served: Sites, each with its data plate, for all of which the guide keeps parameters.
 
     Raises:
         ValueError: Naming site and plate. Such a guide has one set of parameters for each row of
             its first batch, and would fit whatever rows later batches hold to them.
     """
     plates = set(plates)
-    local = {s["name"]: f.name for s in guide_sites for f in s["cond_indep_stack"]}
-    local = {name: plate for name, plate in local.items() if plate in plates}
+    stacks = ((s["name"], f.name) for s in guide_sites for f in s["cond_indep_stack"])
+    local = {name: at for name, at in stacks if at in plates and (name, at) not in served}
     for part in parts_of(guide):
         if isinstance(part, AutoGuideList | AutoCallable) or part.prototype_trace is None:
             continue
         # The names alone: some autoguides empty the nodes of their prototype.
         for name in part.prototype_trace.nodes:
-            if name in local and name not in served:
+            if name in local:
                 raise ValueError(
                     f"latent site '{name}' stands in the data plate '{local[name]}', and "
                     f"{type(part).__name__} would keep one set of parameters for each row of its "

@@ -132,7 +132,8 @@ class DataPlateMessenger(Messenger):
                 f"plate '{name}' has size {size} and holds {asked} rows, but the data set has "
                 f"N = {dataset_size} and this batch B = {batch_size} rows. Write "
                 f"pyro.plate('{name}', len(x)) with x a tensor of the batch, or "
-                f"pyro.plate('{name}', {dataset_size}, subsample_size=len(x))."
+                f"pyro.plate('{name}', {dataset_size}, subsample_size=len(x)). A plate over "
+                "columns needs its own size: data_plate={'rows': n_rows, 'columns': n_columns}."
             )
         if rows is None:
             msg["value"] = torch.arange(batch_size, device=msg["fn"].device)

@@ -23,6 +23,7 @@ from pyro_lightning.elbo import Estimate, estimate_elbo
 from pyro_lightning.first_run import globals_of_data, run_once, run_shorter
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import sites_of_data
@@ -32,7 +33,6 @@ from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.sizes import dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
-from pyro_lightning.tables import PriorMessenger, without_sites
 
 STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
@@ -128,14 +128,17 @@ class LifeCycle(RowHooks, ModelOwner):
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
+        self._check_rows_of_guide()
         in_model, in_guide = run_once(self, batch, handled)
         rows = in_model.batch_size
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model.sites, rows)
-        served = {table.site for table in self._tables()}
+        tables = self._tables()
+        served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
         self._globals_of_data = globals_of_data(self, batch, handled, in_guide.sites)
         if self._checks:
-            refuse_local_latents(self.guide, in_guide.sites, plates, served)
+            in_rows = {(table.site, table.plate) for table in tables}
+            refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             # Only a batch whose rows are counted by us can be cut.
             counted = type(self).num_rows is LifeCycle.num_rows
             shorter = partial(run_shorter, self, batch, handled) if counted else None

@@ -247,19 +247,23 @@ class PyroSVIModule(LifeCycle):
             )
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
         args, kwargs = self.model_inputs(batch)
-        batch, count, local = self._batch_of_rows(batch, self.num_rows(batch), rows)
-        at_once = draws_at_once(self.guide)
+        batch, local, places = self._batch_of_rows(batch, self.num_rows(batch), rows)
+        count, at_once = len(batch.rows), draws_at_once(self.guide)
         # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (
             preserved_buffers(self),
             self._isolated() as handled,
-            self._rows_of(batch, count, held_out=False),
+            self._rows_of(batch, count),
         ):
             guide = self._handler(count)()(handled(self.guide))
             plates = self._row_plates()
-            return sample_latents(
+            draws = sample_latents(
                 guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
             )
+        for site, dim in local.items():
+            # A row that is asked for twice has one latent, and so one draw of it.
+            draws[site] = draws[site].index_select(dim + 1, places.to(draws[site].device))
+        return draws
 
 
 def _is_scaled(site: Any) -> bool:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pyro_lightning.guides import parts_of
 from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
-from pyro_lightning.rows import IndexedBatch, RowSource, checked_rows
+from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, checked_rows
 from pyro_lightning.tables import RowTable, missing_rows, row_tables, rows_of_batch
 
 
@@ -47,6 +47,21 @@ class RowHooks(LightningModule):
         mine = {id(table.parameter) for table in self._tables()}
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
 
+    def _check_rows_of_guide(self) -> None:
+        """Check that the guide has parameters of as many rows as there are, if it has any.
+
+        Raises:
+            ValueError: Naming a site and both numbers.
+        """
+        for table in self._tables():
+            rows = table.parameter.shape[table.dim]
+            if rows != self._count_rows():
+                raise ValueError(
+                    f"the guide has parameters for {rows} rows (site '{table.site}'), but there "
+                    f"are {self._count_rows()} now. A guide with latents of each row serves one "
+                    "data set: make a new module, and hand over guides that have not run."
+                )
+
     def _number_rows(self, source: RowSource | None) -> None:
         """Have the training set number its rows where the guide needs that.
 
@@ -56,13 +71,7 @@ class RowHooks(LightningModule):
         tables = self._tables()
         if not tables:
             return
-        rows = {table.parameter.shape[table.dim] for table in tables}
-        if rows != {self._count_rows()}:
-            raise ValueError(
-                f"the guide has parameters for {sorted(rows)[0]} rows (site '{tables[0].site}'), "
-                f"but there are {self._count_rows()} now. A guide with latents of each row serves "
-                "one data set: make a new module, and hand over guides that have not run."
-            )
+        self._check_rows_of_guide()
         if source is None:
             self._source = self._trained = None
             if not _makes_plates(parts_of(self.guide)):
@@ -81,17 +90,19 @@ class RowHooks(LightningModule):
 
     def _with_rows(self, batch: Any) -> Any:
         """Give a first batch some row numbers where nothing says which rows it holds."""
-        if isinstance(batch, IndexedBatch) or _makes_plates(parts_of(self.guide)):
+        if isinstance(batch, IndexedBatch):
             return batch
-        return IndexedBatch(batch, torch.arange(self.num_rows(batch)) % self._count_rows())
+        return ChosenBatch(batch, torch.arange(self.num_rows(batch)) % self._count_rows())
 
     @contextmanager
-    def _rows_of(self, batch: Any, batch_size: int, held_out: bool) -> Iterator[list[str]]:
+    def _rows_of(self, batch: Any, batch_size: int, held_out: bool = False) -> Iterator[list[str]]:
         """Let the guide run on a batch's rows; yields the sites whose rows never trained."""
-        parts = parts_of(self.guide)
+        parts, chosen = parts_of(self.guide), isinstance(batch, ChosenBatch)
         tables = row_tables(parts, self._row_plates())
         if not tables:
-            yield []
+            # An AutoGuideList makes the plates of its hand-written parts, too.
+            with rows_of_batch(parts, self._row_plates(), batch_size, None, chosen):
+                yield []
             return
         rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
         if rows is None and not held_out and not _makes_plates(parts):
@@ -99,7 +110,7 @@ class RowHooks(LightningModule):
         unseen = held_out and self._unseen(parts, rows)
         if unseen:
             rows = torch.zeros(batch_size, dtype=torch.long)  # any: their draws are not used
-        with rows_of_batch(parts, self._row_plates(), batch_size, rows):
+        with rows_of_batch(parts, self._row_plates(), batch_size, rows, chosen):
             yield sorted({table.site for table in tables}) if unseen else []
 
     def _unseen(self, parts: list[Any], rows: torch.Tensor | None) -> bool:
@@ -109,10 +120,15 @@ class RowHooks(LightningModule):
 
     def _batch_of_rows(
         self, batch: Any, batch_size: int, rows: Any
-    ) -> tuple[IndexedBatch, int, set[str]]:
-        """Make a batch that stands for rows; returns it, their number, and their latent sites."""
+    ) -> tuple[ChosenBatch, dict[str, int], torch.Tensor]:
+        """Make a batch that stands for rows, each of them once.
+
+        Returns the batch; the dimension of the rows, from the left, for each latent site of them;
+        and the place in the batch of each row that was asked for.
+        """
         if rows is None:
-            return IndexedBatch(batch, torch.zeros(batch_size, dtype=torch.long)), batch_size, set()
+            places = torch.zeros(batch_size, dtype=torch.long)
+            return ChosenBatch(batch, places), {}, places
         tables = self._tables()
         if self._sites_of_data or not tables:
             sites = ", ".join(map(repr, self._sites_of_data)) or "none"
@@ -122,15 +138,15 @@ class RowHooks(LightningModule):
                 "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
             )
         numbers = torch.as_tensor(rows)
-        batch = IndexedBatch(batch, numbers)
-        checked_rows(batch, len(numbers), self._count_rows(), None)
+        checked_rows(IndexedBatch(batch, numbers), numbers.numel(), self._count_rows(), None)
         if self._trained is not None and not self._trained[numbers.cpu()].all():
             missing = numbers[~self._trained[numbers.cpu()]].tolist()
             raise ValueError(
                 f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
                 "nothing of them"
             )
-        return batch, len(numbers), {table.site for table in tables}
+        numbers, places = torch.unique(numbers, return_inverse=True)
+        return ChosenBatch(batch, numbers), {table.site: table.dim for table in tables}, places
 
     # -- hooks ---------------------------------------------------------------------------------
 

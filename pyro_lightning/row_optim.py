@@ -29,7 +29,9 @@ class _RowStep:
                     for parameter in group["params"]:
                         grad = parameter.grad
                         if grad is not None and grad.is_sparse:
-                            decoupled = isinstance(self, AdamW)
+                            # Later releases of torch have it in Adam, too, and set it for AdamW.
+                            kind = isinstance(self, AdamW)
+                            decoupled = group.get("decoupled_weight_decay", kind)
                             adam_rows_(parameter, grad, self.state[parameter], group, decoupled)
                             # torch's own step passes over what has no gradient.
                             sparse.append((parameter, grad))
@@ -109,6 +111,8 @@ def adam_rows_(
         state["exp_avg_sq"] = torch.zeros_like(parameter)
         if group["amsgrad"]:
             state["max_exp_avg_sq"] = torch.zeros_like(parameter)
+    # Torch and Lightning leave the steps of a checkpoint on the CPU, where Adam keeps its own.
+    state["step"] = state["step"].to(parameter.device)
     (beta1, beta2), lr = group["betas"], group["lr"]
     value = parameter[at]
     if group["weight_decay"] and decoupled:
@@ -137,10 +141,10 @@ def rowwise(optimizer: Optimizer, tables: Collection[torch.Tensor]) -> Optimizer
     Raises:
         TypeError: For an optimizer without such a form, naming those that have one.
     """
-    if not tables or isinstance(optimizer, _RowStep | Adagrad | SparseAdam):
+    if not tables or isinstance(optimizer, _RowStep | SparseAdam):
         return optimizer
-    if isinstance(optimizer, SGD) and not any(
-        group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+    if isinstance(optimizer, SGD | Adagrad) and not any(
+        group.get("momentum") or group["weight_decay"] for group in optimizer.param_groups
     ):
         return optimizer
     for kind, own in ((AdamW, RowAdamW), (Adam, RowAdam)):
@@ -151,8 +155,8 @@ def rowwise(optimizer: Optimizer, tables: Collection[torch.Tensor]) -> Optimizer
     raise TypeError(
         f"the guide has parameters for each row, which {type(optimizer).__name__} with these "
         "options would move in steps whose batch does not hold the row, at a cost of O(N) a step. "
-        "Use Adam, AdamW, Adagrad, SparseAdam, or SGD without momentum and weight decay, all of "
-        "torch.optim."
+        "Use Adam, AdamW, SparseAdam, Adagrad without weight decay, or SGD without momentum and "
+        "weight decay, all of torch.optim."
     )
 
 

@@ -23,6 +23,10 @@ class IndexedBatch(NamedTuple):
     source: Any = None
 
 
+class ChosenBatch(IndexedBatch):
+    """A batch whose row numbers were chosen without looking at its data."""
+
+
 class IndexedDataset(Dataset[Any]):
     """A map-style data set whose batches tell which of its rows they hold.
 

@@ -1,6 +1,6 @@
 """Parameters of each row: read, and their gradients kept, for the rows of a batch alone."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import transform_to
 
 from pyro_lightning.handlers import is_subsample
+from pyro_lightning.row_sites import check_columns, check_row_site
 
 SERVED = (AutoNormal, AutoDelta)
 
@@ -110,16 +111,27 @@ class FullSizeMessenger(Messenger):
     which for ``pyro.plate("data", len(x))`` would be one batch.
     """
 
-    def __init__(self, plates: Collection[str], identities: int) -> None:
+    def __init__(
+        self, part: Any, plates: Collection[str], identities: int, columns: Mapping[str, int]
+    ) -> None:
         super().__init__()
+        self.part = part
         self.plates = plates
         self.identities = identities
+        self.columns = columns
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["cond_indep_stack"] = tuple(
             frame._replace(full_size=self.identities) if frame.name in self.plates else frame
             for frame in msg["cond_indep_stack"]
         )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or is_subsample(msg) or isinstance(self.part, AutoGuideList):
+            return
+        check_columns(msg, self.columns)
+        if isinstance(self.part, SERVED):
+            check_row_site(msg, self.plates)
 
 
 class _GivenRowsMessenger(Messenger):
@@ -136,7 +148,11 @@ class _GivenRowsMessenger(Messenger):
 
 @contextmanager
 def rows_of_batch(
-    parts: Collection[Any], plates: Collection[str], batch_size: int, rows: torch.Tensor | None
+    parts: Collection[Any],
+    plates: Collection[str],
+    batch_size: int,
+    rows: torch.Tensor | None,
+    chosen: bool = False,
 ) -> Iterator[None]:
     """Let autoguides make their data plates for a batch, and read their tables at its rows.
 
@@ -148,6 +164,7 @@ def rows_of_batch(
         plates: Names of the data plates.
         batch_size: B.
         rows: Row numbers of the batch, ``(B,)``; None where the user's own ``create_plates`` says.
+        chosen: Whether they are no batch's, so that ``create_plates`` cannot know them.
 
     Raises:
         ValueError: When rows are needed and missing, or when the user's plate has others.
@@ -155,10 +172,16 @@ def rows_of_batch(
     tables = row_tables(parts, plates)
 
     def plates_of(part: Any, own: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if chosen and own is not None:
+            own = poutine.block(own, hide=list(plates))
         made, given = _given_plates(own, args, kwargs)
+        if chosen:
+            made = {name: plate for name, plate in made.items() if name not in plates}
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
-                made[name] = pyro.plate(name, batch_size, dim=frame.dim)
+                # Hidden: a hand-written part beside makes a plate of that name, too.
+                with poutine.block():
+                    made[name] = pyro.plate(name, batch_size, dim=frame.dim)
         for table in tables:
             if table.part is part or (table.part.master and table.part.master() is part):
                 _bind(table, _agreed(table, given.get(table.plate), rows))
@@ -182,11 +205,17 @@ def plates_of_prototype(
         made, _ = _given_plates(own, args, kwargs)
         for name, frame in part._prototype_frames.items():
             if name in plates and name not in made:
-                made[name] = pyro.plate(name, identities, dim=frame.dim, subsample=rows)
+                with poutine.block():
+                    made[name] = pyro.plate(name, identities, dim=frame.dim, subsample=rows)
         return list(made.values())
 
     with _creating_plates(parts, plates_of):
         yield
+    for part in parts:
+        for name, frame in part._prototype_frames.items():
+            if name in plates:  # outside our handlers a guide runs on all rows, not on any B
+                whole = frame._replace(size=identities, full_size=identities)
+                part._prototype_frames[name] = whole
 
 
 @contextmanager
@@ -244,29 +273,3 @@ def _bind(table: RowTable, rows: torch.Tensor) -> None:
     taken = gather_rows(parameter, rows.to(parameter.device), table.dim)
     constraint, _ = table.owner._pyro_params[table.name]
     table.owner.__dict__[table.name] = transform_to(constraint)(taken)
-
-
-class PriorMessenger(Messenger):
-    """Draws latents of rows that never trained from the model, given the globals.
-
-    Their guide is then the prior, so their own terms cancel: the draw is taken as given, without a
-    term of its own.
-    """
-
-    def __init__(self, sites: Collection[str]) -> None:
-        super().__init__()
-        self.site_names = sites
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.site_names and not msg["is_observed"]:
-            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
-            msg["is_observed"] = True
-            msg["mask"] = False
-
-
-def without_sites(guide: Callable[..., Any], sites: Collection[str]) -> Callable[..., Any]:
-    """Hide latent sites of an autoguide from whoever runs it."""
-    # AutoNormal draws a site from an auxiliary one.
-    hidden = [*sites, *(f"{site}_unconstrained" for site in sites)]
-    blocked: Callable[..., Any] = poutine.block(guide, hide=hidden)
-    return blocked
