@@ -115,6 +115,20 @@ def test_rows_of_another_number(given):
     refused([f"plate 'data' has size {N}", f"this batch B = {B} rows"], model)
 
 
+def test_plate_that_is_made_beforehand_and_keeps_its_rows():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plate = pyro.plate("data", N, subsample_size=3)
+
+        def forward(self, x):
+            mu = mean()
+            with self.plate:
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:3])
+
+    refused(["plate 'data' holds 3 rows at site 'x'", f"B = {B}", "in the model itself"], Model())
+
+
 def test_data_plates_within_each_other():
     def model(x):
         loc = mean()

@@ -115,6 +115,16 @@ def test_sampler_that_changes_the_distribution_warns(sampler):
         assert dataset_size_of(BY_TEN(ROWS, sampler=sampler)) == N
 
 
+def test_drop_last_without_shuffling_warns_of_the_rows_it_never_shows():
+    with pytest.warns(UserWarning, match="the same last 3 rows"):
+        assert dataset_size_of(BY_TEN(ROWS, drop_last=True)) == N
+
+
+def test_a_list_of_batches_has_the_size_of_its_rows_where_it_holds_them_all():
+    batches = [list(range(start, min(start + 10, N))) for start in range(0, N, 10)]
+    assert dataset_size_of(DataLoader(ROWS, batch_sampler=batches)) == N
+
+
 @pytest.mark.parametrize(
     ("loader", "match"),
     [
@@ -124,8 +134,9 @@ def test_sampler_that_changes_the_distribution_warns(sampler):
         ({"a": BY_TEN(ROWS)}, "dict"),
         ([BY_TEN(ROWS), BY_TEN(ROWS)], "list"),
         (BY_TEN(ROWS, sampler=EveryOther(50)), "EveryOther visits 50 of 103 rows"),
+        (DataLoader(ROWS, batch_sampler=[[0, 1], [2, 3]]), "list visits 4 of 103 rows"),
     ],
-    ids=["iterable", "batches", "combined", "dict", "list", "sampler"],
+    ids=["iterable", "batches", "combined", "dict", "list", "sampler", "list of batches"],
 )
 def test_unclear_size_is_an_error_that_says_how_to_state_it(loader, match):
     with pytest.raises(ValueError, match=f"{match}.*dataset_size=N"):

@@ -1,0 +1,34 @@
+"""Strategies that start processes from the one that calls fit, and load their result back."""
+
+import pytest
+import torch
+from spawn_fit import DATA, N
+from support import quiet_trainer, run_script
+
+from pyro_lightning._lightning import loses_new_parameters
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_script("spawn_fit.py", tmp_path_factory.mktemp("spawn"))
+
+
+@pytest.mark.slow
+def test_a_fit_that_would_lose_the_guide_is_refused_before_the_first_step(found):
+    assert "Call svi.loss(batch) once before the fit" in found["refused"]
+
+
+@pytest.mark.slow
+def test_after_a_first_loss_the_guide_comes_back_trained(found):
+    # The untrained guide is at 0, 20 posterior sds away; steps of 0.05 leave less than one.
+    exact, sd = float(DATA.sum() / (100 + N)), (100 + N) ** -0.5
+    assert found["mean"] == pytest.approx(exact, abs=sd)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "lost"), [("ddp", False), ("ddp_spawn", True), ("ddp_fork", True), ("auto", False)]
+)
+def test_which_strategies_lose_new_parameters(strategy, lost):
+    devices = 1 if strategy == "auto" else 2
+    assert loses_new_parameters(quiet_trainer(strategy=strategy, devices=devices)) is lost
+    assert not torch.distributed.is_initialized()
