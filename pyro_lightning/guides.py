@@ -15,10 +15,12 @@ from pyro.infer.autoguide import (
     AutoLaplaceApproximation,
 )
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
 
 
@@ -99,13 +101,27 @@ def cut_plates(in_model: DataPlateMessenger) -> set[str]:
     return (set(in_model.plates) - in_model.columns) | short
 
 
-def row_plates(model_sites: Iterable[Any], batch_size: int) -> set[str]:
+def row_plates(
+    in_model: DataPlateMessenger, run_shorter: Callable[[Messenger], list[Any]] | None
+) -> set[str]:
     """Name the plates over the rows of a batch, in a model whose data plate is not named.
 
-    They are the plates of size B that an observed site stands in.
+    They are the plates of size B that an observed site stands in, and of another size on a shorter
+    batch.
+
+    Args:
+        in_model: The handler under which the model ran.
+        run_shorter: As :func:`pyro_lightning.shapes.check_growth` needs it; None where a batch
+            cannot be cut, and all plates of size B are named.
     """
-    frames = (frame for site in observed(model_sites) for frame in site["cond_indep_stack"])
-    return {frame.name for frame in frames if frame.size == batch_size}
+    rows, sites = in_model.batch_size, in_model.sites
+    found = {f.name for s in observed(sites) for f in s["cond_indep_stack"] if f.size == rows}
+    if not found or run_shorter is None or rows == 1:
+        return found
+    latents = {s["name"]: s["value"] for s in sites if not s["is_observed"]}
+    again = run_shorter(ShortenedValues(latents))
+    fixed = {f.name for s in again for f in s["cond_indep_stack"] if f.size == rows}
+    return found - fixed
 
 
 def refuse_local_latents(

@@ -130,8 +130,10 @@ class LifeCycle(RowHooks, ModelOwner):
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
         self._check_rows_of_guide()
         in_model, in_guide = run_once(self, batch, handled)
-        rows = in_model.batch_size
-        plates = cut_plates(in_model) if in_model.plates else row_plates(in_model.sites, rows)
+        # Only a batch whose rows are counted by us can be cut.
+        counted = type(self).num_rows is LifeCycle.num_rows
+        shorter = partial(run_shorter, self, batch, handled) if counted else None
+        plates = cut_plates(in_model) if in_model.plates else row_plates(in_model, shorter)
         tables = self._tables()
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
@@ -139,9 +141,6 @@ class LifeCycle(RowHooks, ModelOwner):
         if self._checks:
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
-            # Only a batch whose rows are counted by us can be cut.
-            counted = type(self).num_rows is LifeCycle.num_rows
-            shorter = partial(run_shorter, self, batch, handled) if counted else None
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
         with torch.enable_grad(), explained:

@@ -225,6 +225,20 @@ def test_autoguide_of_rows_and_a_batch_that_does_not_tell_its_rows(guide):
     refused(["site 'z'", "plate 'data'", "IndexedDataset", "IndexedBatch"], local_latent, guide)
 
 
+def test_autoguide_with_a_global_plate_of_b_by_chance_serves():
+    # Nothing is scaled here, so that only another batch tells the plate of the data's columns.
+    def model(x):
+        columns = pyro.plate("columns", B, dim=-1)
+        with columns:
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x), dim=-2), columns:
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    svi = PyroSVIModule(model, dataset_size=N, data_plate=None)
+    svi.loss(torch.zeros(B, B))
+    assert svi.posterior_samples(3)["loc"].shape == (3, B)
+
+
 # -- a guide whose plate is not the model's --------------------------------------------------------
 
 
