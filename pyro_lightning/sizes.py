@@ -67,7 +67,7 @@ def dataset_size_of(loader: Any) -> int:
         if not isinstance(batches, BatchSampler):
             visited = None
         if isinstance(batches, list | tuple):
-            visited = len({row for batch in batches for row in batch})
+            visited = len({int(row) for batch in batches for row in batch})
         if visited != len(loader.dataset):  # type: ignore[arg-type]
             raise ValueError(
                 f"the sampler {type(sampler).__name__} visits {visited} of "

@@ -53,6 +53,8 @@ def main(path: str) -> None:
         }
         with open(path, "w") as file:
             json.dump(found, file)
+    # Left to the interpreter's exit, its threads now and then end the process by an abort.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

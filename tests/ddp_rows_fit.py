@@ -56,6 +56,8 @@ def main(path: str) -> None:
         found = {"world_size": trainer.world_size, "parameters": everyone.tolist()}
         with open(path, "w") as file:
             json.dump(found, file)
+    # Left to the interpreter's exit, its threads now and then end the process by an abort.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

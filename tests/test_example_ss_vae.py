@@ -101,7 +101,7 @@ def test_unlabelled_images_help_to_classify_held_out_ones():
             TensorDataset(x, known), batch_sampler=[*map(list, batches)], collate_fn=as_batch
         )
         model, guide = make(BatchPlate())
-        fit(model, guide, loader, epochs=30, lr=0.01, elbo=elbo())
+        fit(model, guide, loader, epochs=30, lr=0.01, elbo=elbo(), dataset_size=800)
         classified = model.__self__.encode_y(test).argmax(-1)
         accuracy[name] = float((classified == truth).double().mean())
     # Knowing the model, 94.9 % of these images can be told right (a sum over styles on a grid).
