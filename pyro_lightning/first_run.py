@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from torch.distributions import constraints, transform_to
 
 from pyro_lightning.batches import first_rows, map_tensors
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
-from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.handlers import DataPlateMessenger, is_subsample
+from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, stands_in
-from pyro_lightning.rows import data_of
+from pyro_lightning.rows import ChosenBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
 
@@ -40,19 +42,21 @@ def run_once(
     in_model, in_guide = handler(), handler()
     columns = {name: in_model.plates[name] for name in module._columns}
     model, guide = handled(module.model), handled(module.guide)
+    known = RowsOfBatch(plates, torch.arange(rows) % identities, identities)
     with torch.no_grad(), explained((args, kwargs), handler, model):
-        make_prototypes(
-            module.guide,
-            guide,
-            lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
-                handler()(handled(fn))
-            ),
-            partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
-            (args, kwargs),
-        )
+        with module._known_rows(known):
+            make_prototypes(
+                module.guide,
+                guide,
+                lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
+                    handler()(handled(fn))
+                ),
+                partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
+                (args, kwargs),
+            )
         with module._rows_of(batch, rows):
             trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
-        poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
+            poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
     return in_model, in_guide
 
 
@@ -72,16 +76,10 @@ def globals_of_data(
 ) -> tuple[str, ...]:
     """Name the latents outside the data plates that the guide computes from the batch.
 
-    The guide runs again on a batch of the same shapes, the first row in every row's place, with the
-    same values of these latents: their densities are then the same unless they follow the data.
+    The guide runs again on a batch of the same shapes, the first row in every row's place.
     """
     plates = module._row_plates()
-    sites = {
-        site["name"]: site
-        for site in guide_sites
-        # Auxiliary sites too, from which an autoguide computes its latents.
-        if not (site["is_observed"] or stands_in(site, plates)) and hasattr(site["fn"], "log_prob")
-    }
+    sites = [site for site in guide_sites if not stands_in(site, plates)]
     if not sites or draws_at_once(module.guide):  # an autoguide does not read its batch
         return ()
     data = data_of(batch)
@@ -91,18 +89,124 @@ def globals_of_data(
         by_row = value.dim() > 0 and len(value) == rows
         return value[:1].expand(value.shape).clone() if by_row else value
 
-    args, kwargs = module.model_inputs(map_tensors(data, repeated))
-    values = ShortenedValues({name: site["value"] for name, site in sites.items()})
-    with torch.no_grad(), module._rows_of(batch, rows), values:
-        again = module._handler(rows)()
-        again(handled(module.guide))(*args, **kwargs)
+    inputs = module.model_inputs(map_tensors(data, repeated))
+    again = _run_again(module, batch, handled, module.guide, sites, inputs)
+    return _changed(sites, again)
+
+
+def reads_rows_of_plate(
+    module: Any, batch: Any, handled: Handled, sites: tuple[list[Any], list[Any]], param: str
+) -> bool:
+    """Whether model or guide reads a parameter at the row numbers that a data plate was given here.
+
+    They are those of the batch, 0 to B-1, and run backwards for comparison, with entries of the
+    parameter that differ from row to row.
+
+    Args:
+        module: A ``PyroSVIModule``.
+        batch: A batch of it.
+        handled: What keeps the parameters of model and guide the module's own.
+        sites: Messages of the sites of one run of the model, and of one of the guide.
+        param: Name of the parameter.
+    """
+    inputs = module.model_inputs(data_of(batch))
+    size = module._count_rows()
+    spread = _SpreadMessenger(param, size)
+    turned = _BackwardsMessenger(module._row_plates(), module.num_rows(data_of(batch)))
+    for part, its_sites in zip((module.model, module.guide), sites, strict=True):
+        one, other = (
+            _run_again(module, batch, partial(_under, each, handled), part, its_sites, inputs)
+            for each in ([spread], [spread, turned])
+        )
+        if _changed(one, other):
+            return True
+    return False
+
+
+def _under(handlers: list[Messenger], handled: Handled, fn: Any) -> Callable[..., Any]:
+    run: Callable[..., Any] = handled(fn)
+    for handler in handlers:
+        run = handler(run)
+    return run
+
+
+class _BackwardsMessenger(Messenger):
+    """Gives a data plate that would draw its rows those of the batch, the last one first."""
+
+    def __init__(self, plates: list[str], rows: int) -> None:
+        super().__init__()
+        self.plates, self.rows = plates, rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is None and msg["name"] in self.plates:
+            msg["value"] = torch.arange(self.rows, device=msg["fn"].device).flip(0)
+
+
+class _SpreadMessenger(Messenger):
+    """Lets the entries of a parameter differ a little from row to row, within its constraint."""
+
+    def __init__(self, param: str, size: int) -> None:
+        super().__init__()
+        self.param, self.size = param, size
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if msg["name"] == self.param:
+            value = msg["value"]
+            transform = transform_to(msg["kwargs"].get("constraint") or constraints.real)
+            free = transform.inv(value)
+            dim = next((d for d, n in enumerate(free.shape) if n == self.size), None)
+            if dim is not None:
+                steps = torch.linspace(0.0, 1.0, self.size, dtype=free.dtype, device=free.device)
+                msg["value"] = transform(free + steps.reshape(-1, *[1] * (free.dim() - dim - 1)))
+
+
+def _run_again(
+    module: Any, batch: Any, handled: Handled, part: Any, sites: list[Any], inputs: Any
+) -> list[Any]:
+    """Run model or guide with latents of the same values; returns the sites that ran."""
+    rows = module.num_rows(data_of(batch))
+    # Auxiliary sites too, from which an autoguide computes its latents.
+    latents = {site["name"]: site["value"] for site in sites if not site["is_observed"]}
+    args, kwargs = inputs
+    again = module._handler(rows)()
+    with torch.no_grad(), module._rows_of(batch, rows), ShortenedValues(latents):
+        again(handled(part))(*args, **kwargs)
+    met: list[Any] = again.sites
+    return met
+
+
+def _changed(before: list[Any], after: list[Any]) -> tuple[str, ...]:
+    """Name the sites whose density, at the values of the first run, is another in the second."""
+    known = {site["name"]: site for site in before if hasattr(site["fn"], "log_prob")}
     found = []
     with torch.no_grad():
-        for site in again.sites:
-            if site["name"] not in sites:
+        for site in after:
+            if site["name"] not in known:
                 continue
-            before = sites[site["name"]]
-            one, other = (s["fn"].log_prob(before["value"]) for s in (before, site))
+            fn, value = known[site["name"]]["fn"], known[site["name"]]["value"]
+            one, other = (each.log_prob(value) for each in (fn, site["fn"]))
             if one.shape != other.shape or not torch.allclose(one, other, equal_nan=True):
                 found.append(site["name"])
     return tuple(found)
+
+
+def params_of_shorter(
+    module: Any, batch: Any, handled: Handled, values: Messenger
+) -> dict[str, tuple[int, ...]]:
+    """Run guide and model anew without the last row of the batch; returns their params' shapes."""
+    data = data_of(batch)
+    rows = module.num_rows(data) - 1
+    shorter = first_rows(data, rows)
+    args, kwargs = module.model_inputs(shorter)
+    store, module._pyro_param_store = module._pyro_param_store, ParamStoreModule()
+    found = {}
+    try:
+        batch = ChosenBatch(shorter, torch.arange(rows) % module._count_rows())
+        for part in (module.guide, module.model):
+            met = module._handler(rows)()
+            with torch.no_grad(), module._rows_of(batch, rows), values:
+                met(handled(part))(*args, **kwargs)
+            found.update({param["name"]: tuple(param["value"].shape) for param in met.params})
+    finally:
+        module._pyro_param_store = store
+    return found

@@ -20,7 +20,13 @@ from pyro_lightning.batches import (
 )
 from pyro_lightning.checks import check_leaves, check_sites
 from pyro_lightning.elbo import Estimate, estimate_elbo
-from pyro_lightning.first_run import globals_of_data, run_once, run_shorter
+from pyro_lightning.first_run import (
+    globals_of_data,
+    params_of_shorter,
+    reads_rows_of_plate,
+    run_once,
+    run_shorter,
+)
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
@@ -29,6 +35,7 @@ from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import sites_of_data
 from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import rowwise
+from pyro_lightning.row_params import check_param_growth, check_param_rows
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.sizes import dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
@@ -142,10 +149,28 @@ class LifeCycle(RowHooks, ModelOwner):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
+            self._check_params(batch, handled, in_model, in_guide, counted)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
         with torch.enable_grad(), explained:
             loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
             check_leaves(loss, self)
+
+    def _check_params(
+        self,
+        batch: Any,
+        handled: Callable[[Any], Callable[..., Any]],
+        in_model: DataPlateMessenger,
+        in_guide: DataPlateMessenger,
+        counted: bool,
+    ) -> None:
+        params = [*in_model.params, *in_guide.params]
+        of_rows = {param.site for param in self._pyro_param_store.row_params()}
+        rows, sites = in_model.batch_size, (in_model.sites, in_guide.sites)
+        if counted and rows > 1:
+            run = partial(params_of_shorter, self, batch, handled)
+            check_param_growth(params, in_model.sites + in_guide.sites, of_rows, rows, run)
+        reads = partial(reads_rows_of_plate, self, batch, handled, sites)
+        check_param_rows(params, of_rows, self._count_rows(), rows, reads)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""

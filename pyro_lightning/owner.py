@@ -13,7 +13,12 @@ from torch import nn
 from pyro_lightning.devices import DeviceMessenger
 from pyro_lightning.guides import BackReferences, make_guide, move_prototypes_
 from pyro_lightning.networks import Networks
-from pyro_lightning.params import LocalParamMessenger, ParamStoreModule, local_parameters
+from pyro_lightning.params import (
+    LocalParamMessenger,
+    ParamStoreModule,
+    RowsOfBatch,
+    local_parameters,
+)
 
 
 class ModelOwner(PyroModule):
@@ -48,6 +53,7 @@ class ModelOwner(PyroModule):
         return self._part("guide")
 
     _back_references: BackReferences | None = None
+    _current_rows: RowsOfBatch | None = None
 
     def _own(self, model: Any, guide: Any, default_guide: Any) -> None:
         self._pyro_param_store = ParamStoreModule()
@@ -110,7 +116,7 @@ class ModelOwner(PyroModule):
             return id(parameter) in trained
 
         def handled(fn: Any) -> Callable[..., Any]:
-            local = LocalParamMessenger(self._pyro_param_store, trains)
+            local = LocalParamMessenger(self._pyro_param_store, trains, lambda: self._current_rows)
             inner = local(DeviceMessenger(device)(fn) if elsewhere else fn)
 
             def run(*args: Any, **kwargs: Any) -> Any:

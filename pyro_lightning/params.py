@@ -1,9 +1,9 @@
 """Parameters that belong to the module, never to Pyro's global store."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
@@ -11,6 +11,9 @@ from pyro.nn.module import _Context
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import constraints, transform_to
+
+from pyro_lightning.gather import gather_rows, missing_rows
+from pyro_lightning.handlers import is_subsample
 
 _Result = TypeVar("_Result")
 
@@ -39,6 +42,45 @@ def local_parameters() -> Iterator[None]:
         yield
 
 
+class RowsOfBatch(NamedTuple):
+    """Which rows a batch holds, for parameters of each row.
+
+    Attributes:
+        plates: Names of the data plates over rows.
+        rows: Their numbers, ``(B,)``; None where the batch does not tell.
+        identities: How many rows have a number.
+    """
+
+    plates: Collection[str]
+    rows: torch.Tensor | None
+    identities: int
+
+
+class RowParam(NamedTuple):
+    """A ``pyro.param`` statement in a data plate, with one entry for each row.
+
+    Attributes:
+        site: Name of the parameter.
+        plate: Name of the data plate.
+        dim: The dimension of the rows, from the left.
+        parameter: The unconstrained parameter, all rows of it.
+    """
+
+    site: str
+    plate: str
+    dim: int
+    parameter: nn.Parameter
+
+    @property
+    def holder(self) -> str:
+        """What has the parameter, for an error."""
+        return _holder(self.site)
+
+
+def _holder(name: str) -> str:
+    return f"there are parameters for each row (pyro.param('{name}')"
+
+
 class ParamStoreModule(nn.Module):
     """Holds what ``pyro.param`` statements of a function declare, as ordinary parameters.
 
@@ -49,6 +91,12 @@ class ParamStoreModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._constraints: dict[str, Any] = {}
+        self._rows: dict[str, tuple[str, int]] = {}
+
+    def row_params(self) -> list[RowParam]:
+        """List the parameters that have one entry for each row of a data plate."""
+        held = ((name, *place, self._parameters[_key(name)]) for name, place in self._rows.items())
+        return [RowParam(*each) for each in held if each[-1] is not None]  # type: ignore[arg-type]
 
     @contextmanager
     def as_global_store(self) -> Iterator[None]:
@@ -88,6 +136,42 @@ class ParamStoreModule(nn.Module):
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
 
+    def get_rows(self, name: str, init: Any, constraint: Any, place: "_Place") -> torch.Tensor:
+        """Return the constrained value at the rows of a batch, of a statement in a data plate.
+
+        As in Pyro, ``event_dim`` says that the dimension of the plate holds its rows, all N of
+        them. A dimension of 1 is shared by all rows.
+
+        Raises:
+            ValueError: When it holds another number of rows, or the batch does not tell its own.
+        """
+        key = _key(name)
+        known, frame = place.known, place.frame
+        if name not in self._rows:
+            whole = self.get(name, init, constraint, lambda _: False)
+            dim = whole.dim() - place.event_dim + frame.dim
+            size = whole.shape[dim] if dim >= 0 else 1
+            if size == 1:
+                return whole
+            if size != known.identities:
+                raise ValueError(
+                    f"pyro.param('{name}', ..., event_dim={place.event_dim}) has {size} entries in "
+                    f"the data plate '{frame.name}', one for each row of a batch, where it would "
+                    f"be taken for other rows in the next. Give it one for each of all "
+                    f"{known.identities} rows, or compute it from the row by a network."
+                )
+            self._rows[name] = frame.name, dim
+        plate, dim = self._rows[name]
+        rows = known.rows if place.given is None else place.given
+        if rows is None:
+            raise ValueError(missing_rows(_holder(name), plate))
+        unconstrained = self._parameters[key]
+        assert unconstrained is not None
+        taken = gather_rows(unconstrained, rows.to(unconstrained.device), dim)
+        value: torch.Tensor = transform_to(self._constraints[name])(taken)
+        value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+        return value
+
     @staticmethod
     def _make(init: Any, constraint: Any) -> nn.Parameter:
         with torch.no_grad():
@@ -108,18 +192,48 @@ def _key(name: str) -> str:
     return name.replace(".", "|")
 
 
+class _Place(NamedTuple):
+    """Where a statement stands: its data plate, and what is known of the rows there."""
+
+    frame: Any
+    event_dim: int
+    known: RowsOfBatch
+    given: torch.Tensor | None
+
+
 class LocalParamMessenger(Messenger):
     """Answers ``pyro.param`` statements from a :class:`ParamStoreModule`.
 
     Args:
         store: Where the parameters live.
         owned: Whether a parameter is trained already, by another name.
+        rows: Tells which rows the batch holds, or None outside of one.
     """
 
-    def __init__(self, store: ParamStoreModule, owned: Callable[[nn.Parameter], bool]) -> None:
+    def __init__(
+        self,
+        store: ParamStoreModule,
+        owned: Callable[[nn.Parameter], bool],
+        rows: Callable[[], RowsOfBatch | None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.store = store
         self.owned = owned
+        self.rows = rows
+        self.given: dict[str, torch.Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = torch.as_tensor(msg["value"])
+
+    def _place(self, msg: Any) -> _Place | None:
+        event_dim, known = msg["kwargs"].get("event_dim"), self.rows()
+        if event_dim is None or known is None:
+            return None
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in known.plates and frame.dim is not None:
+                return _Place(frame, event_dim, known, self.given.get(frame.name))
+        return None
 
     def _pyro_param(self, msg: Any) -> None:
         # PyroModules announce their own parameters by a stand-in function; only a bare statement
@@ -129,7 +243,13 @@ class LocalParamMessenger(Messenger):
         name, *rest = msg["args"]
         init = rest[0] if rest else msg["kwargs"].get("init_tensor")
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        msg["value"] = self.store.get(name, init, constraint, self.owned)
+        place = self._place(msg)
+        if place is None:
+            msg["value"] = self.store.get(name, init, constraint, self.owned)
+        else:
+            msg["value"] = self.store.get_rows(name, init, constraint, place)
+            # The plate would take its rows of a value that holds those of the batch alone.
+            msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
         msg["done"] = True
 
 

@@ -9,16 +9,21 @@ from lightning.pytorch import LightningModule
 from torch import distributed, nn
 from torch.optim import Optimizer
 
+from pyro_lightning.gather import missing_rows
 from pyro_lightning.guides import parts_of
+from pyro_lightning.params import ParamStoreModule, RowParam, RowsOfBatch
 from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, checked_rows
-from pyro_lightning.tables import RowTable, missing_rows, row_tables, rows_of_batch
+from pyro_lightning.tables import RowTable, row_tables, rows_of_batch
 
 
 class RowHooks(LightningModule):
     """Keeps account of the rows whose parameters a guide holds."""
 
     guide: Any
+    _pyro_param_store: ParamStoreModule
+    _current_rows: RowsOfBatch | None
+    _initialised: bool
     _source: Any = None
     _trained: torch.Tensor | None = None
     _switched_on: Any = None
@@ -42,9 +47,13 @@ class RowHooks(LightningModule):
     def _tables(self) -> list[RowTable]:
         return row_tables(parts_of(self.guide), self._row_plates())
 
+    def _per_row(self) -> list[RowTable | RowParam]:
+        """All parameters of each row, those of ``pyro.param`` statements among them."""
+        return [*self._tables(), *self._pyro_param_store.row_params()]
+
     def _row_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of each row, by their names in this module."""
-        mine = {id(table.parameter) for table in self._tables()}
+        mine = {id(table.parameter) for table in self._per_row()}
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
 
     def _check_rows_of_guide(self) -> None:
@@ -53,7 +62,7 @@ class RowHooks(LightningModule):
         Raises:
             ValueError: Naming a site and both numbers.
         """
-        for table in self._tables():
+        for table in self._per_row():
             rows = table.parameter.shape[table.dim]
             if rows != self._count_rows():
                 raise ValueError(
@@ -68,14 +77,14 @@ class RowHooks(LightningModule):
         Raises:
             ValueError: When it cannot, or when the guide has parameters of another number of rows.
         """
-        tables = self._tables()
+        tables = self._per_row()
         if not tables:
             return
         self._check_rows_of_guide()
         if source is None:
             self._source = self._trained = None
             if not _makes_plates(parts_of(self.guide)):
-                raise ValueError(missing_rows(tables[0]))
+                raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
         else:
             self._source, self._trained = source.dataset.source, source.trained
             if not source.dataset.row_numbers:
@@ -99,19 +108,33 @@ class RowHooks(LightningModule):
         """Let the guide run on a batch's rows; yields the sites whose rows never trained."""
         parts, chosen = parts_of(self.guide), isinstance(batch, ChosenBatch)
         tables = row_tables(parts, self._row_plates())
+        per_row = bool(tables or self._pyro_param_store.row_params()) or not self._initialised
+        rows = None
+        if per_row:
+            rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
+        known = RowsOfBatch(self._row_plates(), rows, self._count_rows())
         if not tables:
             # An AutoGuideList makes the plates of its hand-written parts, too.
-            with rows_of_batch(parts, self._row_plates(), batch_size, None, chosen):
+            plates = rows_of_batch(parts, self._row_plates(), batch_size, None, chosen)
+            with self._known_rows(known), plates:
                 yield []
             return
-        rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
         if rows is None and not held_out and not _makes_plates(parts):
-            raise ValueError(missing_rows(tables[0]))
+            raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
         unseen = held_out and self._unseen(parts, rows)
         if unseen:
             rows = torch.zeros(batch_size, dtype=torch.long)  # any: their draws are not used
-        with rows_of_batch(parts, self._row_plates(), batch_size, rows, chosen):
+        plates = rows_of_batch(parts, self._row_plates(), batch_size, rows, chosen)
+        with self._known_rows(known), plates:
             yield sorted({table.site for table in tables}) if unseen else []
+
+    @contextmanager
+    def _known_rows(self, known: RowsOfBatch) -> Iterator[None]:
+        self._current_rows = known
+        try:
+            yield
+        finally:
+            self._current_rows = None
 
     def _unseen(self, parts: list[Any], rows: torch.Tensor | None) -> bool:
         if rows is None:

@@ -64,7 +64,7 @@ class RowAdam(_RowStep, Adam):
     parameters of rows; arguments are those of ``Adam``.
 
     Example:
-        >>> from pyro_lightning.tables import gather_rows
+        >>> from pyro_lightning.gather import gather_rows
         >>> table = torch.nn.Parameter(torch.zeros(1000))
         >>> optimizer = RowAdam([table], lr=0.1)
         >>> gather_rows(table, torch.tensor([3, 7])).sum().backward()

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import transform_to
 
+from pyro_lightning.gather import gather_rows, missing_rows
 from pyro_lightning.handlers import is_subsample
 from pyro_lightning.row_sites import check_columns, check_row_site
 
@@ -38,6 +39,11 @@ class RowTable(NamedTuple):
     owner: Any
     name: str
     dim: int
+
+    @property
+    def holder(self) -> str:
+        """What has the parameter, for an error."""
+        return f"{type(self.part).__name__} has parameters for each row (site '{self.site}'"
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -67,41 +73,6 @@ def row_tables(parts: Collection[Any], plates: Collection[str]) -> list[RowTable
                 dim = batch_dims + frames[0].dim
                 found.append(RowTable(part, name, frames[0].name, owner, leaf, dim))
     return found
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows of a table, whose gradient is sparse: no step costs O(N)."""
-
-    @staticmethod
-    def forward(ctx: Any, table: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape, ctx.dim = table.shape, dim
-        return table.index_select(dim, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        indices = rows[None]
-        if ctx.dim:
-            left = [torch.arange(n, device=rows.device) for n in ctx.shape[: ctx.dim]]
-            indices = torch.cartesian_prod(*left, rows).T
-        values = grad.reshape(-1, *ctx.shape[ctx.dim + 1 :])
-        # index_select has checked the rows.
-        grad = torch.sparse_coo_tensor(indices, values, ctx.shape, check_invariants=False)
-        return grad, None, None
-
-
-def gather_rows(table: torch.Tensor, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Take rows of a table along a dimension; the gradient to the table is sparse.
-
-    Example:
-        >>> table = torch.zeros(1000, 2, requires_grad=True)
-        >>> gather_rows(table, torch.tensor([3, 7])).sum().backward()
-        >>> table.grad.is_sparse, table.grad.coalesce().indices()
-        (True, tensor([[3, 7]]))
-    """
-    taken: torch.Tensor = _GatherRows.apply(table, rows, dim)  # type: ignore[no-untyped-call]
-    return taken
 
 
 class FullSizeMessenger(Messenger):
@@ -249,18 +220,8 @@ def _agreed(table: RowTable, given: torch.Tensor | None, rows: torch.Tensor | No
         )
     found = rows if given is None else given
     if found is None:
-        raise ValueError(missing_rows(table))
+        raise ValueError(missing_rows(table.holder, table.plate))
     return found
-
-
-def missing_rows(table: RowTable) -> str:
-    """Say that a guide needs row numbers, and where they come from."""
-    return (
-        f"{type(table.part).__name__} has parameters for each row (site '{table.site}' in the "
-        f"data plate '{table.plate}'), and the batch does not tell which rows it holds. Use "
-        "ArrayDataModule, wrap your training data set in IndexedDataset(dataset), or call with "
-        "IndexedBatch(batch, rows)."
-    )
 
 
 def _bind(table: RowTable, rows: torch.Tensor) -> None:

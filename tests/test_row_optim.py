@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pyro_lightning import RowAdam, RowAdamW
+from pyro_lightning.gather import gather_rows
 from pyro_lightning.row_optim import rowwise
-from pyro_lightning.tables import gather_rows
 
 N = 6
 BATCHES = [[0, 1, 2], [2, 3], [2, 0], [4], [0, 2, 4], [1, 3], [2, 1, 0]]
