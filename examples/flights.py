@@ -21,6 +21,7 @@ import statsmodels.api as sm
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
+from matplotlib.ticker import LogFormatter
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_mean
 from rich.console import Console
 from rich.table import Table
@@ -161,8 +162,8 @@ def draw(path, names, flights, draws, ols, losses, observed, fitted):
     rows = [i for i, name in enumerate(names) if name.startswith("dest") and flights[i]]
     dots = right.scatter(ols[0][rows], mean[rows], c=flights[rows], norm="log", s=22, zorder=2)
     figure.colorbar(dots, ax=right, label="flights")
-    right.set(title="Destinations: few flights are drawn to 0", ylabel="posterior mean [min]")
-    right.set(xlabel="least squares [min]")
+    right.set(title="Destinations: estimates from few flights shrink to 0")
+    right.set(xlabel="least squares [min]", ylabel="posterior mean [min]")
     fit.set(title="Held-out flights", xlabel="fitted arrival delay [min]")
     shown = fit.hexbin(fitted, observed, bins="log", gridsize=70, mincnt=1, cmap="cividis")
     figure.colorbar(shown, ax=fit, label="flights")
@@ -173,6 +174,10 @@ def draw(path, names, flights, draws, ols, losses, observed, fitted):
         curves.plot(np.arange(1, len(values) + 1), values, label=name)
     curves.set(title="Loss by epoch", xlabel="epoch", ylabel="negative ELBO [nats per flight]")
     curves.set(xscale="log", yscale="log")
+    curves.margins(x=0)
+    for axis in (curves.xaxis, curves.yaxis):  # plain numbers, fewer of them over a wide range
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter())
     for axis in (left, right, curves, fit):
         axis.legend(frameon=False)
         axis.grid(alpha=0.25)

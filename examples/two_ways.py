@@ -40,7 +40,7 @@ from pyro_lightning import ArrayDataModule, PyroSVIModule
 
 COLUMNS, PRIOR_SD, FIRST, LAST = 64, 0.1, 0.02, 1e-4
 TRUE = np.linspace(-0.3, 0.3, COLUMNS, dtype=np.float32)
-GRID = torch.linspace(-2, 2, 41)[:, None].expand(-1, COLUMNS)
+GRID = (torch.arange(-20, 21) / 10)[:, None].expand(-1, COLUMNS)
 WAYS, NOISE = ("plate", "loader", "no scale"), {"linear": 1.0, "network": 0.5}
 
 
@@ -138,27 +138,46 @@ def write_data(folder, rows):
     return covariance @ (x.T.astype(float) @ y), np.sqrt(np.diag(covariance))
 
 
-def show(exact, found, output, rows):
+def tables(exact, found, rows):
+    """Both posteriors of some coefficients and of the curve at some x; what each way took."""
+    beside = Table("mean ± sd", "exact or true", *WAYS, title="Posteriors side by side")
+    pieces = [(f"coefficient {i + 1}", "linear", i) for i in range(0, COLUMNS, 15)]
+    pieces += [(f"curve at x = {GRID[i, 0]:g}", "network", i) for i in range(0, len(GRID), 10)]
+    for name, kind, i in pieces:
+        linear = kind == "linear"
+        pairs = [exact] * linear + [found[way, kind] for way in WAYS]
+        cells = [f"{mean[i]:.4f} ± {sd[i]:.4f}" for mean, sd, *_ in pairs]
+        cells = cells if linear else [f"{torch.sin(2 * GRID[i, 0]):.4f}", *cells]
+        beside.add_row(f"{kind}: {name}", *cells)
     headings = ("way", "off by, in exact sds", "sd / exact sd", "sd of the network's curve")
-    table = Table(*headings, "rows seen an epoch", "memory", title=f"N = {rows:,}")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    at = GRID[:, 0].numpy()
-    for way, colour in zip(WAYS, ("tab:blue", "tab:green", "tab:red"), strict=True):
-        (mean, sd, share, memory), (curve, spread, *_) = found[way, "linear"], found[way, "network"]
+    summary = Table(*headings, "rows seen an epoch", "memory", title=f"N = {rows:,}")
+    for way in WAYS:
+        (mean, sd, share, memory), (_, spread, *_) = found[way, "linear"], found[way, "network"]
         off, ratio = np.abs(mean - exact[0]).mean() / exact[1].mean(), (sd / exact[1]).mean()
         cells = (f"{off:.2f}", f"{ratio:.2f}", f"{spread.mean():.4f}", f"{share:.0%}")
-        table.add_row(way, *cells, f"{memory:.0f} MB")
-        left.errorbar(TRUE, mean - exact[0], 2 * sd, fmt="o", ms=3, color=colour, label=way)
-        right.fill_between(at, curve - 2 * spread, curve + 2 * spread, color=colour, alpha=0.3)
-        right.plot(at, curve, color=colour, label=way)
-    right.plot(at, np.sin(2 * at), "k--", lw=1, label="truth")
-    left.set(title="Linear: posterior minus the exact mean, 2 sd", xlabel="true coefficient")
+        summary.add_row(way, *cells, f"{memory:.0f} MB")
+    return beside, summary
+
+
+def draw(exact, found, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    x, some = GRID[:, 0].numpy(), slice(2, None, 5)  # bars of all would cover each other
+    bars = dict(fmt="o", ms=3)
+    left.errorbar(TRUE[some] - 0.012, 0 * TRUE[some], 2 * exact[1][some], color="k", **bars)
+    for i, (way, colour) in enumerate(zip(WAYS, ("tab:blue", "tab:green", "tab:red"), strict=True)):
+        (mean, sd, *_), (curve, spread, *_) = found[way, "linear"], found[way, "network"]
+        at = TRUE[some] + 0.008 * i - 0.004
+        left.errorbar(at, (mean - exact[0])[some], 2 * sd[some], color=colour, **bars)
+        # The widest band lies below the others.
+        band = dict(color=colour, alpha=0.3, zorder=-i)
+        right.fill_between(x, curve - 2 * spread, curve + 2 * spread, **band)
+        right.plot(x, curve, color=colour, lw=1, label=way)
+    right.plot(x, np.sin(2 * x), "k--", lw=1, label="exact (left), truth (right)")
+    left.set(title="Linear: posterior minus the exact mean, 2 sd")
+    left.set(xlabel="true coefficient (every fifth is shown)")
     right.set(title="Network: posterior of the curve, 2 sd", xlabel="x")
-    left.legend(frameon=False)
-    right.legend(frameon=False)
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "two_ways.png", dpi=130)
-    Console(width=112).print(table)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def main():
@@ -174,7 +193,10 @@ def main():
         with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
             jobs = [pool.submit(run_one, Path(name), *r, size, args.steps, args.seed) for r in runs]
             found = dict(zip(runs, (job.result() for job in jobs), strict=True))
-    show(exact, found, args.output, args.rows)
+    for table in tables(exact, found, args.rows):
+        Console(width=112).print(table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw(exact, found, args.output / "two_ways.png")
 
 
 if __name__ == "__main__":

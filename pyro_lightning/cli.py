@@ -1,5 +1,7 @@
 """The command ``pyro-lightning``: Lightning's own command line over a ``PyroSVIModule``."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,4 +45,7 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> Any:
 
 def console() -> None:
     """Entry point of the console script, whose return value would be its exit status."""
+    # A YAML file names modules that lie beside it. Python puts the current folder on the path for
+    # `python -m`, but for a script the folder of the script, where the user's modules are not.
+    sys.path.insert(0, os.getcwd())
     main()

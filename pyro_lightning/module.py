@@ -193,7 +193,9 @@ class PyroSVIModule(LifeCycle):
         log = partial(self.log, batch_size=rows, sync_dist=True)
         log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
         training = stage == "train"
-        log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=True)
+        # One training figure on the bar, the step's: it is there in the first epoch too, and narrow
+        # bars cut both names to the same one.
+        log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=not training)
         if training:
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, prog_bar=True, batch_size=rows)

@@ -1,6 +1,7 @@
 """The command line fits a subclass from YAML; keys and errors are those of LightningCLI."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from cli_models import NOISE, Regression, Rows, regression_rows
 from lightning.pytorch.cli import LightningCLI
 from support import quiet_trainer
 
+import pyro_lightning
 from pyro_lightning.cli import main
 
 HERE = Path(__file__).parent
+PACKAGE = Path(pyro_lightning.__file__).parents[1]
 
 # LightningCLI asks jsonargparse and torch for names that newer releases of theirs deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -125,7 +128,9 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
 
 
 def run(*command, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    # The package under test, wherever another may be installed.
+    path = f"{PACKAGE}{os.pathsep}{HERE}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=200
     )
@@ -138,10 +143,24 @@ def test_the_package_runs_as_a_module(write, tmp_path):
     assert "max_epochs=1` reached" in done.stdout + done.stderr
 
 
-def test_the_console_script_is_installed_and_explains_itself(tmp_path):
-    script = Path(sys.executable).parent / "pyro-lightning"
-    if not script.exists():
+@pytest.fixture
+def script():
+    path = Path(sys.executable).parent / "pyro-lightning"
+    if not path.exists():
         pytest.skip("the package is on the path without being installed: no console script")
-    done = run(str(script), "--help", cwd=tmp_path)
+    return str(path)
+
+
+def test_the_console_script_is_installed_and_explains_itself(script, tmp_path):
+    done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fit" in done.stdout and "validate" in done.stdout
+
+
+def test_the_console_script_imports_modules_of_the_current_folder(script, write, tmp_path):
+    shutil.copy(HERE / "cli_models.py", tmp_path / "my_models.py")
+    model = {"class_path": "my_models.Regression", "init_args": {"dim": 2}}
+    path = write(model=model, data={"class_path": "my_models.Rows"})
+    done = run(script, "fit", "--config", path, "--trainer.max_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "max_epochs=1` reached" in done.stdout + done.stderr

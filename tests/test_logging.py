@@ -165,6 +165,26 @@ def test_a_csv_logger_receives_every_figure(tmp_path):
     assert columns["val_loss"] == pytest.approx([by_hand(HELD_OUT)] * 2, rel=1e-5)
 
 
-def test_the_progress_bar_shows_the_figures_per_observation():
-    shown = fitted(still()).progress_bar_metrics
-    assert set(shown) == {"train_loss_per_obs", "train_loss_per_obs_step", "val_loss_per_obs"}
+class KeepBar(Callback):
+    def __init__(self):
+        self.bars = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.bars.append(set(trainer.progress_bar_metrics))
+
+    def on_train_end(self, trainer, pl_module):
+        self.bars.append(set(trainer.progress_bar_metrics))
+
+
+def test_the_progress_bar_shows_one_training_figure_per_observation_from_the_first_step_on():
+    keep = KeepBar()
+    fitted(still(), callbacks=keep)
+    assert keep.bars[0] == {"train_loss_per_obs_step"}
+    assert keep.bars[-1] == {"train_loss_per_obs_step", "val_loss_per_obs"}
+
+
+def test_the_progress_bar_of_validate_and_test_shows_their_figures():
+    for stage, name in (("validate", "val"), ("test", "test")):
+        trainer = quiet_trainer()
+        getattr(trainer, stage)(still(), datamodule=data(), verbose=False)
+        assert set(trainer.progress_bar_metrics) == {f"{name}_loss_per_obs"}
