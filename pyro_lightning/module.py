@@ -162,6 +162,8 @@ class PyroSVIModule(LifeCycle):
             )
         return self._run(batch, held_out)
 
+    _shown: torch.Tensor | None = None
+
     # -- steps ---------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -169,6 +171,14 @@ class PyroSVIModule(LifeCycle):
         self._follow_loader(batch)
         loss, whole = self._logged("train", batch)
         return loss * self.batch_weight(batch) if whole else loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the step's loss per observation on the progress bar, from the first step on."""
+        # Logged in the step, it would take the name of the epoch's figure; from here it is another
+        # record, of which the loggers know nothing.
+        if self._shown is not None:  # a training_step of the user's own may not set it
+            name = "train_loss_per_obs"
+            self.log(name, self._shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
@@ -193,12 +203,11 @@ class PyroSVIModule(LifeCycle):
         log = partial(self.log, batch_size=rows, sync_dist=True)
         log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
         training = stage == "train"
-        # One training figure on the bar, the step's: it is there in the first epoch too, and narrow
-        # bars cut both names to the same one.
         log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=not training)
         if training:
             name = "train_loss_per_obs_step"
-            self.log(name, per_obs, on_step=True, on_epoch=False, prog_bar=True, batch_size=rows)
+            self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
+            self._shown = per_obs
         return estimate.loss, whole
 
     # -- results -------------------------------------------------------------------------------
