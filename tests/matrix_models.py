@@ -88,12 +88,12 @@ class Quadratic:
         self.shift += row * value / scale**2
         self.constant += dist.Normal(0.0, scale).log_prob(value)
 
-    def mean_log_density(self, draws):
+    def log_density(self, draws):
         quadratic = ((draws @ self.precision) * draws).sum(-1) / 2
-        return self.constant + (draws @ self.shift - quadratic).mean()
+        return self.constant + draws @ self.shift - quadratic
 
     def optimum(self, family):
-        """Mean and covariance at the optimum of KL(q || p) over a family; and that KL's ELBO."""
+        """Mean and covariance at the optimum of KL(q || p) over a family."""
         d, count = len(self.shift), len(self.names)
         mean = torch.linalg.solve(self.precision, self.shift)
         covariance = torch.zeros_like(self.precision)
@@ -113,7 +113,9 @@ class Quadratic:
     def log_evidence(self):
         d, log_det = len(self.shift), torch.linalg.slogdet(self.precision).logabsdet
         half = self.shift @ torch.linalg.solve(self.precision, self.shift) / 2
-        return self.constant + half + d / 2 * torch.tensor(2 * torch.pi).double().log() - log_det / 2
+        return (
+            self.constant + half + d / 2 * torch.tensor(2 * torch.pi).double().log() - log_det / 2
+        )
 
 
 class Design(TorchFunctionMode):
@@ -149,7 +151,8 @@ class Design(TorchFunctionMode):
             self.used += size
             row, column = divmod(first, self.width)
             return self.columns[row, column : column + size].reshape(shape)
-        assert shape[0] == self.count, shape
+        if not shape or shape[0] != self.count:  # one draw, not one of each particle
+            return torch.zeros(shape)
         self.used += size // self.count
         assert self.used < self.count, "not enough columns"
         return self.columns[:, first : self.used].reshape(shape)
