@@ -18,8 +18,8 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
-from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.analytic_kl import AnalyticKLMessenger
+from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.renyi import renyi_loss
 from pyro_lightning.wake_sleep import wake_sleep_loss
 

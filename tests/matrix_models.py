@@ -143,6 +143,10 @@ class Design(TorchFunctionMode):
         if func is torch.normal:  # and those without gradient
             mean, sd = args
             return mean + sd * self._take(mean.shape)
+        if func is torch.bernoulli:  # 1 in a share of the particles that is the probability
+            (probs,) = args
+            places = torch.linspace(0.5, self.count - 0.5, self.count) / self.count
+            return (places.reshape(-1, *[1] * (probs.dim() - 1)) < probs).to(probs)
         return func(*args, **(kwargs or {}))
 
     def _take(self, shape):
