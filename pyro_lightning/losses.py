@@ -18,6 +18,7 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
+from pyro_lightning.analytic_kl import AnalyticKLMessenger
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.renyi import renyi_loss
 from pyro_lightning.wake_sleep import wake_sleep_loss
@@ -74,6 +75,8 @@ def differentiable_loss(
         return scale * torch.as_tensor(elbo.differentiable_loss(model, guide, *args, **kwargs))
     if isinstance(elbo, EnergyDistance):
         return torch.as_tensor(elbo(model, guide, *args, **kwargs))
+    if isinstance(elbo, TraceMeanField_ELBO):
+        guide = AnalyticKLMessenger()(guide)
     if not torch.is_grad_enabled():
         # The same number; TraceEnum_ELBO.differentiable_loss refuses to run without gradients.
         return torch.as_tensor(elbo.loss(model, guide, *args, **kwargs))

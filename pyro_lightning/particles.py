@@ -9,6 +9,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 
+from pyro_lightning.analytic_kl import point_of
+
 
 class Particles(NamedTuple):
     """Log-densities of K particles, each of shape ``(K, *independent)`` or broadcast to it.
@@ -46,6 +48,9 @@ def draw_particles(
 
     Returns:
         Their log-densities.
+
+    Raises:
+        ValueError: When detached draws are points that parameters move, naming the site.
     """
     in_plate = elbo.vectorize_particles and elbo.num_particles > 1
     if in_plate:
@@ -60,9 +65,16 @@ def draw_particles(
             # such as an autoguide's Jacobian, would keep the gradient of the draw.
             with torch.no_grad():
                 trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            # Copies, since a transform remembers its last value and where that came from: without
+            # the gradient, which its inverse has.
+            for site in _sites(trace):
+                site["value"] = site["value"].clone()
             drawn = poutine.replay(guide, trace=trace)
         traces = get_importance_trace("flat", elbo.max_plate_nesting, model, drawn, args, kwargs)
-        terms.append(_terms(*(_sites(trace) for trace in traces)))
+        model_sites, guide_sites = (_sites(trace) for trace in traces)
+        if detached:
+            _refuse_points(elbo, guide_sites)
+        terms.append(_terms(model_sites, guide_sites))
     if in_plate:
         return terms[0]
     return Particles(*map(torch.stack, zip(*terms, strict=True)))
@@ -76,6 +88,20 @@ def log_mean_exp(values: torch.Tensor) -> torch.Tensor:
         2.0
     """
     return values.logsumexp(0) - math.log(len(values))
+
+
+def _refuse_points(elbo: ELBO, guide_sites: Sequence[Any]) -> None:
+    """Refuse points that parameters move: a density at a draw that is held fixed ignores them."""
+    for site in guide_sites:
+        point = point_of(site["fn"])
+        if point is not None and not site["is_observed"] and point.v.requires_grad:
+            name = type(elbo).__name__
+            raise ValueError(
+                f"{name} trains a guide through its log-density at draws that are held fixed, and "
+                f"site '{site['name']}' of the guide is a point (a Delta) that parameters move: "
+                "that density would leave them untrained, or train them wrongly. Use Trace_ELBO; "
+                "or a guide that draws from its parameters' distribution, such as AutoNormal."
+            )
 
 
 def _sites(trace: Any) -> list[Any]:
