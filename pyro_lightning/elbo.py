@@ -11,6 +11,7 @@ from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import differentiable_loss
+from pyro_lightning.structure import SEE_TABLE
 from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
 
 
@@ -123,5 +124,5 @@ def _refuse_unscaled(handler: DataPlateMessenger) -> None:
         f"and the prior would count N/B times too much. Observed sites: {names or 'none'}; plates "
         f"met: {met or 'none'}. Put the likelihood inside `with pyro.plate('data', len(x)):`, name "
         "your plate by data_plate=..., name the sites by scale_sites=(...), or say data_plate=None "
-        "if the model scales itself or has local latents only."
+        f"if the model scales itself or has local latents only. {SEE_TABLE}"
     )

@@ -195,7 +195,10 @@ class LifeCycle(RowHooks, ModelOwner):
             source = row_source(loader)
             self._identities = source.identities if source else None
         elif self._identities is None:
-            self._identities = getattr(self.trainer.datamodule, "identities", None)  # type: ignore[attr-defined]
+            evaluated = row_source(loader)  # its rows may be a part of those that have a number
+            known = evaluated and evaluated.dataset.row_numbers and evaluated.identities
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._identities = known or getattr(datamodule, "identities", None)
         if batch is not None:
             self._initialise(batch)
         if training:

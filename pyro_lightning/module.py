@@ -170,6 +170,7 @@ class PyroSVIModule(LifeCycle):
         """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
         self._follow_loader(batch)
         loss, whole = self._logged("train", batch)
+        self._mark_rows(batch)
         return loss * self.batch_weight(batch) if whole else loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -86,12 +86,27 @@ class RowHooks(LightningModule):
             if not _makes_plates(parts_of(self.guide)):
                 raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
         else:
-            self._source, self._trained = source.dataset.source, source.trained
+            self._source = source.dataset.source
+            self._expect_rows(source)
             if not source.dataset.row_numbers:
                 self._switched_on = source.dataset
                 self._switched_on.row_numbers = True
         # DDP would send all rows at each step; on_before_optimizer_step sends those of a batch.
         self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
+
+    def _expect_rows(self, source: RowSource) -> None:
+        """Start or go on with the record of the rows that trained."""
+        count = source.identities
+        if self._trained is None or len(self._trained) != count:
+            self._trained = torch.zeros(count, dtype=torch.bool)
+        if self.trainer.world_size > 1:
+            # Other ranks see other rows, in the end all of them.
+            self._trained |= True if source.trained is None else source.trained
+
+    def _mark_rows(self, batch: Any) -> None:
+        """Note which rows trained."""
+        if self._trained is not None and isinstance(batch, IndexedBatch):
+            self._trained[torch.as_tensor(batch.rows).cpu()] = True
 
     def _count_rows(self) -> int:
         """How many rows have parameters: those that have a number, or N."""
@@ -113,20 +128,19 @@ class RowHooks(LightningModule):
         if per_row:
             rows = checked_rows(batch, batch_size, self._count_rows(), self._source)
         known = RowsOfBatch(self._row_plates(), rows, self._count_rows())
-        if not tables:
-            # An AutoGuideList makes the plates of its hand-written parts, too.
-            plates = rows_of_batch(parts, self._row_plates(), batch_size, None, chosen)
-            with self._known_rows(known), plates:
-                yield []
-            return
-        if rows is None and not held_out and not _makes_plates(parts):
+        by_hand = bool(self._pyro_param_store.row_params())
+        if tables and rows is None and not held_out and not _makes_plates(parts):
             raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
-        unseen = held_out and self._unseen(parts, rows)
+        unseen = held_out and (bool(tables) or by_hand) and self._unseen(parts, rows)
         if unseen:
             rows = torch.zeros(batch_size, dtype=torch.long)  # any: their draws are not used
-        plates = rows_of_batch(parts, self._row_plates(), batch_size, rows, chosen)
+            known = known._replace(rows=rows)
+        # An AutoGuideList makes the plates of its hand-written parts, too.
+        at_rows = rows if tables else None
+        plates = rows_of_batch(parts, self._row_plates(), batch_size, at_rows, chosen)
         with self._known_rows(known), plates:
-            yield sorted({table.site for table in tables}) if unseen else []
+            hidden = {table.site for table in tables}.union(self._sites_of_data if by_hand else ())
+            yield sorted(hidden) if unseen else []
 
     @contextmanager
     def _known_rows(self, known: RowsOfBatch) -> Iterator[None]:
@@ -156,8 +170,8 @@ class RowHooks(LightningModule):
         if self._sites_of_data or not tables:
             sites = ", ".join(map(repr, self._sites_of_data)) or "none"
             raise ValueError(
-                "posterior_samples(rows=...) serves guides that keep parameters of each row, and "
-                f"nothing else of it (latents that this guide computes from data: {sites}). Run "
+                "posterior_samples(rows=...) serves autoguides that keep parameters of each row; "
+                f"this guide has latents in the data plate that it writes by hand ({sites}). Run "
                 "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
             )
         numbers = torch.as_tensor(rows)
@@ -196,6 +210,18 @@ class RowHooks(LightningModule):
             return
         with dense_stand_ins(optimizer):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many rows have a number, and which of them trained."""
+        if self._tables() and self._trained is not None:
+            rows = {"identities": self._count_rows(), "trained": self._trained.clone()}
+            checkpoint["pyro_lightning_rows"] = rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read which rows trained."""
+        rows = checkpoint.get("pyro_lightning_rows")
+        if rows is not None:
+            self._identities, self._trained = rows["identities"], rows["trained"].clone()
 
     def teardown(self, stage: str) -> None:
         """Leave the data set as it was."""

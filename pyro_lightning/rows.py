@@ -33,7 +33,8 @@ class IndexedDataset(Dataset[Any]):
     :class:`PyroSVIModule` needs the numbers where an autoguide has latents of each row. A row keeps
     its number whatever comes around this data set: ``random_split``, ``Subset``, shuffling,
     workers, a ``DistributedSampler``. Split what this class wraps into training and validation, or
-    wrap the training part alone; two wrappers never share numbers.
+    wrap the training part alone. Wrapping the same data set again gives the same numbers; keep it,
+    where loaders are made in hooks, rather than make it anew.
 
     Args:
         dataset: The data set, with ``__len__`` and ``__getitem__``.
@@ -60,7 +61,8 @@ class IndexedDataset(Dataset[Any]):
             )
         self.dataset = dataset
         self.collate_fn = collate_fn
-        self.source = new_source()
+        # Of the data set itself: wrapped anew, as hooks that make loaders do, it is no other.
+        self.source = id(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -164,7 +166,8 @@ def checked_rows(batch: Any, batch_size: int, identities: int, source: Any) -> t
             raise ValueError(
                 "the row numbers of this batch belong to another data set than the one whose rows "
                 "the guide has parameters for. Split one IndexedDataset into training and "
-                "validation, or leave the validation data unwrapped: their rows are then unseen."
+                "validation, or leave the validation data unwrapped: their rows are then unseen. "
+                "Where hooks make the loaders, wrap a data set that is made once."
             )
     low, high = (int(bound) for bound in torch.aminmax(rows))
     if low < 0 or high >= identities:
