@@ -3,43 +3,21 @@
 Losses of what passes are compared with closed forms by hand.
 """
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from check_support import (
+    B,
+    N,
+    X,
+    log_normal,
+    loss_of,
+    refused,
+    validation,  # noqa: F401
+)
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
-
-from pyro_lightning import PyroSVIModule
-
-N, B = 20, 5
-X = torch.linspace(-1, 2, B)
-POINTER = "svi.site_table(batch)"
-
-
-@pytest.fixture(params=[True, False], ids=["validation", "no validation"], autouse=True)
-def validation(request):
-    with pyro.validation_enabled(request.param):
-        yield
-
-
-def refused(match, model, guide, **options):
-    svi = PyroSVIModule(model, guide, **{"dataset_size": N, **options})
-    with pytest.raises(ValueError) as caught:
-        svi.loss(X)
-    for part in [*match, POINTER]:
-        assert part in str(caught.value)
-
-
-def loss_of(model, guide, **options):
-    return PyroSVIModule(model, guide, **{"dataset_size": N, **options}).loss(X).item()
-
-
-def log_normal(x, loc=0.0):
-    """Log-density of a Normal of unit scale, summed over its values, written out."""
-    return (-0.5 * (x - loc) ** 2 - 0.5 * math.log(2 * math.pi)).sum()
 
 
 def mean():

@@ -9,52 +9,23 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from check_support import (
+    SCALE,
+    B,
+    N,
+    X,
+    bias,
+    log_standard,
+    loss_of,
+    no_guide,
+    observe,
+    refused,
+    validation,  # noqa: F401
+)
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
 from pyro_lightning import PyroSVIModule
-
-N, B = 20, 5
-SCALE = N / B
-X = torch.linspace(-1, 2, B)
-POINTER = "svi.site_table(batch)"
-
-
-@pytest.fixture(params=[True, False], ids=["validation", "no validation"], autouse=True)
-def validation(request):
-    with pyro.validation_enabled(request.param):
-        yield
-
-
-def no_guide(*batch, **named):
-    pass
-
-
-def refused(match, model, guide=no_guide, batch=X, **options):
-    svi = PyroSVIModule(model, guide, dataset_size=N, **options)
-    with pytest.raises(ValueError) as caught:
-        svi.loss(batch)
-    for part in [*match, POINTER]:
-        assert part in str(caught.value)
-
-
-def loss_of(model, guide=no_guide, batch=X, **options):
-    return PyroSVIModule(model, guide, dataset_size=N, **options).loss(batch).item()
-
-
-def bias():
-    """Something that trains, at 0."""
-    return pyro.param("bias", torch.tensor(0.0))
-
-
-def log_normal(x):
-    """Log-density of a standard Normal, summed over its values, written out."""
-    return (-0.5 * x * x - 0.5 * math.log(2 * math.pi)).sum().item()
-
-
-def observe(x, name="x"):
-    pyro.sample(name, dist.Normal(bias(), 1.0), obs=x)
-
 
 # -- rows outside the data plate -------------------------------------------------------------------
 
@@ -96,7 +67,7 @@ def test_observations_that_grow_with_the_batch(outside):
 
 def test_observations_in_another_plate_can_be_named():
     refused(["data_plate=('data', 'other')"], also(in_another_plate))
-    expected = pytest.approx(-2 * SCALE * log_normal(X), rel=1e-6)
+    expected = pytest.approx(-2 * SCALE * log_standard(X), rel=1e-6)
     assert loss_of(also(in_another_plate), data_plate=("data", "other")) == expected
     assert loss_of(also(in_another_plate), scale_sites=["y"]) == expected
     assert loss_of(also(in_event), scale_sites=["y"]) == expected
@@ -120,7 +91,7 @@ def test_observations_that_are_as_many_as_the_rows_by_chance():
             observe(x)
         pyro.sample("y", dist.Normal(bias(), 1.0).expand([B]).to_event(1), obs=other)
 
-    assert loss_of(model) == pytest.approx(-SCALE * log_normal(X) - log_normal(other), rel=1e-6)
+    assert loss_of(model) == pytest.approx(-SCALE * log_standard(X) - log_standard(other), rel=1e-6)
 
 
 def test_latents_that_are_as_many_as_the_rows_by_chance():
@@ -144,7 +115,7 @@ def test_model_that_does_not_run_on_fewer_rows():
 
     match = ["observed site 'y'", "does not run on 4 rows", "RuntimeError", "checks=False"]
     refused(match, model)
-    expected = -(SCALE + 1) * log_normal(X)
+    expected = -(SCALE + 1) * log_standard(X)
     assert loss_of(model, checks=False) == pytest.approx(expected, rel=1e-6)
 
 
@@ -153,7 +124,7 @@ def test_model_without_such_a_site_need_not_run_on_fewer_rows():
         with pyro.plate("data", len(x)):
             observe(x.reshape(B, 1).squeeze(-1))
 
-    assert loss_of(model) == pytest.approx(-SCALE * log_normal(X), rel=1e-6)
+    assert loss_of(model) == pytest.approx(-SCALE * log_standard(X), rel=1e-6)
 
 
 def test_shorter_run_leaves_buffers_and_random_states():
@@ -192,4 +163,4 @@ def test_batches_whose_rows_are_counted_by_the_user_are_not_cut():
 
     svi = Pairs(model, no_guide, dataset_size=N)
     loss = svi.loss({"first": X, "rest": torch.zeros(3)}).item()
-    assert loss == pytest.approx(-(SCALE + 1) * log_normal(X), rel=1e-6)
+    assert loss == pytest.approx(-(SCALE + 1) * log_standard(X), rel=1e-6)

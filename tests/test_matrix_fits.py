@@ -33,9 +33,9 @@ def draws_of(svi, latents, guide):
     return torch.cat([draw.reshape(10_000, -1) for draw in draws], -1)
 
 
-# Tolerances: twice what was met over three seeds. The worst are rows by Renyi's bound, which have
-# one step an epoch: one of 62 means off by 0.14 sds, all by 0.04 in the mean square, and one sd by
-# 6%. Without N/B mu and slope are off by 0.8 to 1.2 sds.
+# Tolerances: twice what was met over three seeds. The worst are rows by Renyi's bound, where a row
+# has one step an epoch: one of 62 means off by 0.14 sds, all by 0.04 in the mean square, and one sd
+# by 6%. Without N/B mu and slope are off by 0.8 to 1.2 sds.
 @pytest.mark.parametrize(
     ("latents", "guide", "elbo", "family"),
     [

@@ -64,6 +64,8 @@ def assert_equal_to_pyro(
 ):
     """Compare the loss and every gradient; ``program`` takes the plate, then a batch."""
     first = X[rows], rows
+    # Nothing of these guides has a KL in closed form, and Pyro's own of a point lacks its density.
+    theirs_elbo = Trace_ELBO if elbo is TraceMeanField_ELBO else elbo
     model, raw = partial(program, STYLES[style]), partial(program, by_rows)
     svi = PyroSVIModule(model, make_guide(model), elbo=elbo(), dataset_size=N)
     svi.loss(IndexedBatch(first, rows))  # makes the parameters
@@ -77,7 +79,7 @@ def assert_equal_to_pyro(
         guide(*batch)
         guide.load_state_dict(svi.guide.state_dict())
         torch.manual_seed(3)
-        expected = elbo().differentiable_loss(raw, guide, *batch)
+        expected = theirs_elbo().differentiable_loss(raw, guide, *batch)
         torch.manual_seed(3)
         loss = svi.loss(IndexedBatch(batch, rows))
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
@@ -93,7 +95,8 @@ def assert_equal_to_pyro(
             torch.manual_seed(3)
             evaluated = svi.loss(IndexedBatch(batch, rows))
             torch.manual_seed(3)
-            assert float(evaluated) == pytest.approx(elbo().loss(raw, guide, *batch), rel=1e-9)
+            wanted_loss = theirs_elbo().loss(raw, guide, *batch)
+            assert float(evaluated) == pytest.approx(wanted_loss, rel=1e-9)
 
 
 # -- programs --------------------------------------------------------------------------------------
@@ -180,9 +183,6 @@ def wide(plate, x, rows):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("program", [local, mixed], ids=lambda p: p.__name__)
 def test_loss_and_gradients_equal_pyros(program, style, elbo, guide):
-    if (program, elbo, guide) == (mixed, "TraceMeanField", "AutoNormal"):
-        # Pyro drops the Jacobian of a constrained latent there; see the tests of the analytic KL.
-        program = local
     assert_equal_to_pyro(program, MEAN_FIELD[guide], style, ELBOS[elbo])
 
 

@@ -3,59 +3,26 @@
 What is right by its shapes passes; its loss is compared with sums written out by hand.
 """
 
-import math
 from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from check_support import (
+    SCALE,
+    B,
+    N,
+    X,
+    bias,
+    log_standard,
+    loss_of,
+    observe,
+    refused,
+    validation,  # noqa: F401
+)
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-
-from pyro_lightning import PyroSVIModule
-
-N, B = 20, 5
-SCALE = N / B
-X = torch.linspace(-1, 2, B)
-POINTER = "svi.site_table(batch)"
-
-
-@pytest.fixture(params=[True, False], ids=["validation", "no validation"], autouse=True)
-def validation(request):
-    with pyro.validation_enabled(request.param):
-        yield
-
-
-def no_guide(*batch, **named):
-    pass
-
-
-def refused(match, model, guide=no_guide, batch=X, **options):
-    svi = PyroSVIModule(model, guide, dataset_size=N, **options)
-    with pytest.raises(ValueError) as caught:
-        svi.loss(batch)
-    for part in [*match, POINTER]:
-        assert part in str(caught.value)
-
-
-def loss_of(model, guide=no_guide, batch=X, **options):
-    return PyroSVIModule(model, guide, dataset_size=N, **options).loss(batch).item()
-
-
-def bias():
-    """Something that trains, at 0."""
-    return pyro.param("bias", torch.tensor(0.0))
-
-
-def log_normal(x):
-    """Log-density of a standard Normal, summed over its values, written out."""
-    return (-0.5 * x * x - 0.5 * math.log(2 * math.pi)).sum().item()
-
-
-def observe(x, name="x"):
-    pyro.sample(name, dist.Normal(bias(), 1.0), obs=x)
-
 
 # -- broadcast by accident -------------------------------------------------------------------------
 
@@ -148,7 +115,7 @@ def columns(x, event):
 @pytest.mark.parametrize("event", [True, False])
 def test_two_observations_a_row(event):
     loss = loss_of(partial(columns, event=event))
-    assert loss == pytest.approx(-SCALE * (log_normal(X) + log_normal(2 * X)), rel=1e-6)
+    assert loss == pytest.approx(-SCALE * (log_standard(X) + log_standard(2 * X)), rel=1e-6)
 
 
 def test_constant_of_each_row():
@@ -178,7 +145,7 @@ def test_mask_and_weights_of_each_row():
         with pyro.plate("data", len(x)), poutine.mask(mask=x > 0), poutine.scale(scale=weights):
             observe(x)
 
-    each = torch.stack([w * log_normal(x) * (x > 0) for w, x in zip(weights, X, strict=True)])
+    each = torch.stack([w * log_standard(x) * (x > 0) for w, x in zip(weights, X, strict=True)])
     assert loss_of(model) == pytest.approx(-SCALE * each.sum().item(), rel=1e-6)
 
 
@@ -189,7 +156,7 @@ def test_particles_at_once_and_enumeration_pass():
             pyro.sample("x", dist.Normal(bias() + 0.0 * label, 1.0), obs=x)
 
     elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=3, vectorize_particles=True)
-    assert loss_of(model, elbo=elbo) == pytest.approx(-SCALE * log_normal(X), rel=1e-6)
+    assert loss_of(model, elbo=elbo) == pytest.approx(-SCALE * log_standard(X), rel=1e-6)
 
 
 def test_observations_of_no_plate_count_once_each():
@@ -200,4 +167,4 @@ def test_observations_of_no_plate_count_once_each():
 
     with pyro.validation_enabled(False):
         loss = loss_of(model)
-    assert loss == pytest.approx(-SCALE * (log_normal(X) + log_normal(2 * X)), rel=1e-6)
+    assert loss == pytest.approx(-SCALE * (log_standard(X) + log_standard(2 * X)), rel=1e-6)

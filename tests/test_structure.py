@@ -10,6 +10,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from check_support import (
+    B,
+    N,
+    X,
+    log_normal,
+    loss_of,
+    refused,
+    validation,  # noqa: F401
+)
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
@@ -17,36 +26,8 @@ from support import normal_mean
 
 from pyro_lightning import PyroSVIModule
 
-N, B = 20, 5
-X = torch.linspace(-1, 2, B)
-POINTER = "svi.site_table(batch)"
-
 # Pyro itself only warns of these, and only with its validation on.
 pytestmark = pytest.mark.filterwarnings("ignore:Found .*vars in")
-
-
-@pytest.fixture(params=[True, False], ids=["validation", "no validation"], autouse=True)
-def validation(request):
-    with pyro.validation_enabled(request.param):
-        yield
-
-
-def refused(match, model, guide, **options):
-    svi = PyroSVIModule(model, guide, **{"dataset_size": N, **options})
-    with pytest.raises(ValueError) as caught:
-        svi.loss(X)
-    for part in [*match, POINTER]:
-        assert part in str(caught.value)
-
-
-def loss_of(model, guide, **options):
-    return PyroSVIModule(model, guide, **{"dataset_size": N, **options}).loss(X).item()
-
-
-def log_normal(x, loc=0.0, scale=1.0):
-    """Log-density of a Normal, summed over its values, written out."""
-    z = (x - loc) / scale
-    return (-0.5 * z * z - math.log(scale) - 0.5 * math.log(2 * math.pi)).sum()
 
 
 def point(name, value=0.0):
