@@ -19,7 +19,7 @@ from pyro_lightning.batches import (
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites
-from pyro_lightning.elbo import Estimate, estimate_elbo
+from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
 from pyro_lightning.first_run import (
     globals_of_data,
     params_of_shorter,
@@ -116,6 +116,21 @@ class LifeCycle(RowHooks, ModelOwner):
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
             return estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+
+    def _bare_loss(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
+        """Compute the loss from a batch's arguments alone, for a trace of it."""
+        with self._isolated() as handled, self._taken_rows(batch_size):
+            model, guide = handled(self.model), handled(self.guide)
+            handler = self._handler(batch_size)
+            return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
+
+    _names_of_library: frozenset[str] = frozenset()
+
+    def _hides(self, holder: Any, name: str) -> bool:
+        """Whether an attribute is no state of the user's, but this class's own."""
+        if holder is not self:
+            return False
+        return name in self._names_of_library or (name.startswith("_") and hasattr(LifeCycle, name))
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:

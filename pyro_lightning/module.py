@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
-from pyro_lightning.elbo import Estimate
+from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.life_cycle import STATE_N, LifeCycle
@@ -93,7 +93,9 @@ class PyroSVIModule(LifeCycle):
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
         checks: bool = True,
+        compile: bool | str | Mapping[str, Any] = False,
     ) -> None:
+        before = set(vars(self))
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
@@ -115,7 +117,9 @@ class PyroSVIModule(LifeCycle):
         self._prototype: Any = None
         self._initialised = False
         self._checks = checks
+        self._compiled = read_compile(compile)
         self._own(model, guide, default_guide=AutoNormal)
+        self._names_of_library = frozenset(vars(self)).difference(before)
 
     # -- loss ----------------------------------------------------------------------------------
 
@@ -148,9 +152,10 @@ class PyroSVIModule(LifeCycle):
             ValueError: When the batch is empty or larger than N, when nothing would be scaled, or
                 when the loss is not finite.
         """
-        return self._estimate(batch).loss
+        return self._estimate(batch)[0]
 
-    def _estimate(self, batch: Any, held_out: bool = False) -> Estimate:
+    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
+        """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))
         if not self._initialised:
             self._initialise(batch)
@@ -160,8 +165,18 @@ class PyroSVIModule(LifeCycle):
                 f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
                 f"State it: {STATE_N}."
             )
-        return self._run(batch, held_out)
+        if self._compiled is not None and torch.is_grad_enabled() and not held_out:
+            loss = self._compiled.loss(self, batch)
+            if loss is not None and torch.isfinite(loss):
+                return loss, self._whole
+        estimate = self._run(batch, held_out)
+        # Without data plate a model either scales itself, or its loss is its batch's alone.
+        self._whole = bool(self._data_plates or self._scale_sites) or any(
+            _is_scaled(site) for site in observed(estimate.model_sites)
+        )
+        return estimate.loss, self._whole
 
+    _whole: bool = True
     _shown: torch.Tensor | None = None
 
     # -- steps ---------------------------------------------------------------------------------
@@ -194,13 +209,9 @@ class PyroSVIModule(LifeCycle):
 
     def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Log a batch's loss; tells with it whether it is the whole training set's."""
-        estimate = self._estimate(batch, held_out)
+        loss, whole = self._estimate(batch, held_out)
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        # Without data plate a model either scales itself, or its loss is its batch's alone.
-        whole = bool(self._data_plates or self._scale_sites) or any(
-            _is_scaled(site) for site in observed(estimate.model_sites)
-        )
-        per_obs = estimate.loss.detach() / (size if whole else rows)
+        per_obs = loss.detach() / (size if whole else rows)
         log = partial(self.log, batch_size=rows, sync_dist=True)
         log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
         training = stage == "train"
@@ -209,7 +220,7 @@ class PyroSVIModule(LifeCycle):
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
             self._shown = per_obs
-        return estimate.loss, whole
+        return loss, whole
 
     # -- results -------------------------------------------------------------------------------
 
