@@ -1,10 +1,12 @@
 """The private names of Pyro and torch that compilation leans on, each with a test of its own."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer.util import Dice
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from torch import _inductor
 from torch.fx import GraphModule, Node
@@ -30,6 +32,18 @@ def particle_losses(
             yield (loss.detach() if isinstance(loss, torch.Tensor) else loss), loss
         else:
             yield elbo._differentiable_loss_particle(model_trace, guide_trace)
+
+
+def asks_for_zero_probabilities() -> bool:
+    """Whether the value of a tensor is asked for by Pyro's sum over enumerated sites.
+
+    It leaves out draws of probability 0, so that ``0 * inf`` does not become NaN. Where it is told
+    that there are none, it gives the same sum, or NaN.
+    """
+    frame, code = sys._getframe(1), Dice.compute_expectation.__code__
+    while frame is not None and frame.f_code.co_filename != code.co_filename:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code is code
 
 
 def make_graph(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> GraphModule:

@@ -88,7 +88,7 @@ class CompiledLoss:
             assert entry.program is not None
             return entry.program.loss(inputs)
         except Untraceable as error:
-            self._refuse(str(error))
+            self._refuse(error)
             return None
 
     def _entry(self, module: Any, inputs: StepInputs) -> _Entry:
@@ -147,9 +147,10 @@ class CompiledLoss:
         entry.trusted = True
         entry.traced_on = []
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, error: Untraceable) -> None:
+        reason = str(error)
         if self.strict:
-            raise RuntimeError(f"the loss cannot be compiled: {reason}")
+            raise RuntimeError(f"the loss cannot be compiled: {reason}") from error
         if not self._warned:
             warnings.warn(
                 f"the loss is not compiled, and runs eagerly: {reason}. Leave compile out, or "

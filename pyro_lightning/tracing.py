@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-from pyro_lightning._upstream import make_graph, traced_node, untraced
+from pyro_lightning._upstream import asks_for_zero_probabilities, make_graph, traced_node, untraced
 
 
 class Untraceable(Exception):
@@ -114,6 +114,8 @@ class _Answers(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.item:
             return tensor.detach()
+        if func is torch.Tensor.__bool__ and asks_for_zero_probabilities():
+            return True
         raise Untraceable(
             f"Tensor.{func.__name__}() of a tensor that depends on parameters, batch or random "
             "numbers: its value now would hold for all batches"
