@@ -1,21 +1,27 @@
 """Compiled losses of a module: one for each batch shape, trusted once it was compared with eager."""
 
 import random
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from pyro_lightning._upstream import compile_graph
+from pyro_lightning.fused import FusedStep
 from pyro_lightning.guards import Guard, changed, find_guards
 from pyro_lightning.program import Program, StepInputs, step_inputs
 from pyro_lightning.states import preserved_state
 from pyro_lightning.tracing import Untraceable
+from pyro_lightning.updates import is_served
 
 _PATIENCE = 20  # steps of another shape, or of other Python state, before it is compiled as well
-_MOST = 8  # compiled programs; what comes then stays eager
+_MOST = 8  # traces; what comes then stays eager
+_MOST_KEPT = 64  # shapes and states that are remembered
 
 
 def read_compile(compile: Any) -> "CompiledLoss | None":
@@ -45,15 +51,27 @@ class _Entry:
         self.program: Program | None = None
         self.traced_on: list[torch.Tensor] = []
         self.trusted = False
+        self.compiled = False
         self.failed = False
+        self.fused: FusedStep | None = None
+        self.optimizer: Any = None
 
 
 class CompiledLoss:
     """Computes a module's loss by compiled code where it can be trusted.
 
+    A batch shape's first step is eager, and traced; before the second, the trace is compared with
+    eager at equal random numbers on the batch of that step. Python state that model and guide can
+    reach is watched: other state is another trace. A second shape, or state, is traced once it has
+    been met often, since compiling takes as long as a thousand small steps.
+
     Args:
         options: Arguments of ``torch.compile``.
         strict: Whether what cannot be compiled is an error.
+
+    Attributes:
+        traces: How many traces were made.
+        compilations: How many of them were compiled, for the loss and for whole steps.
     """
 
     def __init__(self, options: Mapping[str, Any], strict: bool) -> None:
@@ -62,7 +80,7 @@ class CompiledLoss:
         self.traces = 0
         self.compilations = 0
         self._entries: list[_Entry] = []
-        self._warned: set[str] = set()
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to a process and to one module's tensors.
@@ -77,47 +95,91 @@ class CompiledLoss:
         Raises:
             RuntimeError: When the loss cannot be compiled and ``strict`` is set.
         """
-        try:
+        with self._refusing():
             inputs = step_inputs(module, batch)
             entry = self._entry(module, inputs)
-            entry.uses += 1
-            if entry.failed:
-                return None
-            if not entry.trusted and not self._prepared(module, batch, inputs, entry):
-                return None
-            assert entry.program is not None
-            return entry.program.loss(inputs)
+            with _failing(entry):
+                if not self._trusted(module, batch, inputs, entry):
+                    return None
+                assert entry.program is not None
+                if not entry.compiled:
+                    self._compile(module, batch, inputs, entry)
+                return entry.program.loss(inputs)
+        return None
+
+    def step(self, module: Any, batch: Any, optimizer: Optimizer) -> FusedStep | None:
+        """Return what takes whole steps on batches like this one, or None where there is none.
+
+        Raises:
+            RuntimeError: When the loss cannot be compiled and ``strict`` is set.
+        """
+        with self._refusing():
+            inputs = step_inputs(module, batch)
+            entry = self._entry(module, inputs)
+            with _failing(entry):
+                if not self._trusted(module, batch, inputs, entry):
+                    return None
+                if entry.optimizer is not optimizer:
+                    entry.optimizer, entry.fused = optimizer, None
+                    if is_served(optimizer):
+                        assert entry.program is not None
+                        self.compilations += 1
+                        entry.fused = FusedStep(entry.program, optimizer, inputs, self.options)
+                return entry.fused
+        return None
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Say once why the loss is not compiled; the eager one serves."""
+        try:
+            yield
         except Untraceable as error:
-            self._refuse(error)
-            return None
+            if self.strict:
+                raise RuntimeError(f"the loss cannot be compiled: {error}") from error
+            if not self._warned:
+                warnings.warn(
+                    f"the loss is not compiled, and runs eagerly: {error}. Leave compile out, or "
+                    "change the model; compile='strict' makes this an error.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+            self._warned = True
 
     def _entry(self, module: Any, inputs: StepInputs) -> _Entry:
-        reason = None
+        reasons = set()
         for entry in self._entries:
             if entry.key == inputs.key:
                 reason = changed(entry.guards)
                 if reason is None:
                     return entry
-        made = _Entry(inputs.key, find_guards([module.model, module.guide, module.elbo], module._hides))
-        self._entries.append(made)
-        return made
+                reasons.add(reason)
+        if len(self._entries) >= _MOST_KEPT:
+            names = f": {', '.join(sorted(reasons))} changes from step to step" if reasons else ""
+            raise Untraceable(
+                f"batches have come in {_MOST_KEPT} shapes, with other Python state{names}. Make "
+                "what changes a tensor, such as a buffer, which compiled code reads at each step"
+            )
+        guards = find_guards([module.model, module.guide, module.elbo], module._hides)
+        self._entries.append(_Entry(inputs.key, guards))
+        return self._entries[-1]
 
-    def _prepared(self, module: Any, batch: Any, inputs: StepInputs, entry: _Entry) -> bool:
-        try:
-            if entry.program is None:
-                if entry.uses == 1 + (0 if self.traces == 0 else _PATIENCE) and self.traces < _MOST:
-                    self._trace(module, inputs, entry)
-                return False
-            if _same(entry.traced_on, inputs.flat.tensors):
-                return False
-            self._verify(module, batch, inputs, entry)
-            return entry.trusted
-        except Untraceable:
-            entry.failed = True
-            raise
-        except Exception as error:  # whatever it is, eager still serves; the cause is told
-            entry.failed = True
-            raise Untraceable(f"{type(error).__name__}: {error}") from error
+    def _trusted(self, module: Any, batch: Any, inputs: StepInputs, entry: _Entry) -> bool:
+        """Bring a batch shape nearer to its compiled code; tells whether it may be used."""
+        entry.uses += 1
+        if entry.trusted or entry.failed:
+            return entry.trusted and not entry.failed
+        if entry.program is None:
+            # The first is traced at once.
+            if self.traces < _MOST and (self.traces == 0 or entry.uses > _PATIENCE):
+                self._trace(module, inputs, entry)
+            return False
+        if all(map(torch.equal, entry.traced_on, inputs.flat.tensors)):
+            return False  # not another batch
+        parameters = _trained(module)
+        expected = _of_eager(module, batch, parameters)
+        _compare(_of_program(module, entry.program, inputs, parameters), expected, "a trace")
+        entry.trusted, entry.traced_on = True, []
+        return True
 
     def _trace(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         self.traces += 1
@@ -135,34 +197,42 @@ class CompiledLoss:
             raise Untraceable(f"the model changes '{name}' as it runs")
         entry.traced_on = [tensor.clone() for tensor in inputs.flat.tensors]
 
-    def _verify(self, module: Any, batch: Any, inputs: StepInputs, entry: _Entry) -> None:
+    def _compile(self, module: Any, batch: Any, inputs: StepInputs, entry: _Entry) -> None:
         program = entry.program
         assert program is not None
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        expected = _of_eager(module, batch, parameters)
-        _compare(_of_program(module, program, inputs, parameters), expected, "its trace")
+        parameters = _trained(module)
+        expected = _of_program(module, program, inputs, parameters)
         self.compilations += 1
         program.run = compile_graph(program.traced.graph, program.example(inputs), self.options)
         _compare(_of_program(module, program, inputs, parameters), expected, "compiled code")
-        entry.trusted = True
-        entry.traced_on = []
-
-    def _refuse(self, error: Untraceable) -> None:
-        reason = str(error)
-        if self.strict:
-            raise RuntimeError(f"the loss cannot be compiled: {reason}") from error
-        if not self._warned:
-            warnings.warn(
-                f"the loss is not compiled, and runs eagerly: {reason}. Leave compile out, or "
-                "change the model; compile='strict' makes this an error.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self._warned.add(reason)
+        entry.compiled = True
 
 
-def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
+@contextmanager
+def _failing(entry: _Entry) -> Iterator[None]:
+    """Let a batch shape stay eager from its first failure on."""
+    try:
+        yield
+    except Exception as error:
+        entry.failed = True
+        if isinstance(error, Untraceable):
+            raise
+        # Whatever tracing and compiling meet, the eager loss serves, and the cause is told.
+        raise Untraceable(f"{type(error).__name__}: {error}{_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """Name the last line of the user's own code that an error came through."""
+    lines = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in ("site-packages", "pyro_lightning", "<"))
+    ]
+    return f" (at {lines[-1]})" if lines else ""
+
+
+def _trained(module: Any) -> list[torch.Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 _Result = tuple[torch.Tensor, list[torch.Tensor | None]]

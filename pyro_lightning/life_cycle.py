@@ -37,7 +37,7 @@ from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth, check_param_rows
 from pyro_lightning.rows import data_of, row_source
-from pyro_lightning.sizes import dataset_size_of, mean_batch_size
+from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
 
@@ -55,6 +55,8 @@ class LifeCycle(RowHooks, ModelOwner):
     _given_size: int | None
     _dataset_size: int | None
     _checks: bool
+    steps_per_batch: int = 1
+    _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
@@ -232,9 +234,12 @@ class LifeCycle(RowHooks, ModelOwner):
         if self._followed is not None:
             self._dataset_size = self._resolve_size(loader)
         self._followed = id(loader), count, mean
+        rows = self.num_rows(data_of(batch))
+        if self.steps_per_batch > 1:
+            self._rows_per_step, mean = cut_sizes(loader, count, rows, self.steps_per_batch)
         # Of a stream of unknown length the first batch is taken for the usual size, so that a
         # smaller one weighs less; the constant factor that is left moves no optimum.
-        self._mean_batch_size = float(self.num_rows(data_of(batch))) if mean is None else mean
+        self._mean_batch_size = float(self._rows_per_step or rows) if mean is None else mean
 
     def _resolve_size(self, loader: Any) -> int:
         if self._given_size is not None:

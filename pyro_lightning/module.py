@@ -14,16 +14,17 @@ from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
-from pyro_lightning.life_cycle import STATE_N, LifeCycle
+from pyro_lightning.life_cycle import STATE_N
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
+from pyro_lightning.steps import ManySteps, StepResult
 
 
-class PyroSVIModule(LifeCycle):
+class PyroSVIModule(ManySteps):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -94,6 +95,7 @@ class PyroSVIModule(LifeCycle):
         dataset_size: int | None = None,
         checks: bool = True,
         compile: bool | str | Mapping[str, Any] = False,
+        steps_per_batch: int = 1,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -118,6 +120,11 @@ class PyroSVIModule(LifeCycle):
         self._initialised = False
         self._checks = checks
         self._compiled = read_compile(compile)
+        if steps_per_batch < 1:
+            raise ValueError(f"steps_per_batch must be at least 1, got {steps_per_batch}")
+        self.steps_per_batch = steps_per_batch
+        # Lightning takes one step for each batch of the loader where optimization is automatic.
+        self.automatic_optimization = steps_per_batch == 1
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 
@@ -182,8 +189,15 @@ class PyroSVIModule(LifeCycle):
     # -- steps ---------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
+        """Return the loss of a batch times its :meth:`batch_weight`, and log it.
+
+        With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
+        """
         self._follow_loader(batch)
+        if self.steps_per_batch > 1:
+            results = self._take_steps(batch)
+            self._mark_rows(batch)
+            return self._log_steps(results)
         loss, whole = self._logged("train", batch)
         self._mark_rows(batch)
         return loss * self.batch_weight(batch) if whole else loss
@@ -221,6 +235,24 @@ class PyroSVIModule(LifeCycle):
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
             self._shown = per_obs
         return loss, whole
+
+    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
+        """Log what each of several steps would have logged; returns their mean loss."""
+        size, first = self._known_size(), self.trainer.global_step - len(results)
+        per_obs = torch.stack([r.loss / (size if r.whole else r.rows) for r in results])
+        rows = torch.tensor([float(r.rows) for r in results], device=per_obs.device)
+        mean = (per_obs * rows).sum() / rows.sum()
+        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
+        log("train_loss", mean * size, batch_size=int(rows.sum()))
+        log("train_loss_per_obs", mean, batch_size=int(rows.sum()))
+        every = self.trainer.log_every_n_steps
+        for number, value in enumerate(per_obs.tolist(), first):
+            if (number + 1) % every == 0:
+                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(metrics, step=number)
+        self._shown = per_obs[-1]
+        return mean * size
 
     # -- results -------------------------------------------------------------------------------
 

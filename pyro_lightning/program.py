@@ -65,14 +65,14 @@ class Program:
         tables = module._per_row() if inputs.rows is not None else []
         if module._per_row() and inputs.rows is None:
             raise Untraceable("the guide's own create_plates says which rows a batch holds")
-        self._tables = list({id(t.parameter): t for t in tables}.values())
-        taken = {id(table.parameter) for table in self._tables}
+        self.tables = list({id(t.parameter): t for t in tables}.values())
+        taken = {id(table.parameter) for table in self.tables}
         slots = _slots(module)
         self._dense = [s for s in slots if s.tensor.requires_grad and id(s.tensor) not in taken]
         self._fixed = [s for s in slots if not s.tensor.requires_grad and id(s.tensor) not in taken]
         of_table = {id(s.tensor): s.name for s in slots if id(s.tensor) in taken}
         names = [s.name for s in self._dense]
-        names += [of_table[id(table.parameter)] for table in self._tables]
+        names += [of_table[id(table.parameter)] for table in self.tables]
         fixed = [s.name for s in self._fixed]
         whole = _Loss(module)
 
@@ -100,10 +100,19 @@ class Program:
     def _values(self, inputs: StepInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what the loss is differentiated by, and what else it reads."""
         free = [slot.now() for slot in self._dense]
-        for table in self._tables:
+        for table in self.tables:
             assert inputs.rows is not None
             free.append(gather_rows(table.parameter, inputs.rows.to(table.parameter.device), table.dim))
-        return free, [*(slot.now() for slot in self._fixed), *inputs.flat.tensors]
+        return free, [*self.fixed(), *inputs.flat.tensors]
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What the loss is differentiated by: parameters, and tables of which it reads rows."""
+        return [*(slot.now() for slot in self._dense), *(table.parameter for table in self.tables)]
+
+    def fixed(self) -> list[torch.Tensor]:
+        """Parameters that do not train, and buffers."""
+        return [slot.now().detach() for slot in self._fixed]
 
     def example(self, inputs: StepInputs) -> list[torch.Tensor]:
         """Return the inputs of the graph, for a compiler to look at."""
