@@ -9,6 +9,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.util import Dice
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from torch import _inductor
+from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 
@@ -34,16 +35,25 @@ def particle_losses(
             yield elbo._differentiable_loss_particle(model_trace, guide_trace)
 
 
-def asks_for_zero_probabilities() -> bool:
-    """Whether the value of a tensor is asked for by Pyro's sum over enumerated sites.
+def expects_yes() -> bool:
+    """Whether the value of a tensor is asked for by a check that a step without errors passes.
 
-    It leaves out draws of probability 0, so that ``0 * inf`` does not become NaN. Where it is told
-    that there are none, it gives the same sum, or NaN.
+    Those of distributions made beforehand, which validate whatever the settings are later; and
+    that of Pyro's sum over enumerated sites, which leaves out draws of probability 0, so that
+    ``0 * inf`` does not become NaN. Told that there are none, it gives the same sum, or NaN.
     """
-    frame, code = sys._getframe(1), Dice.compute_expectation.__code__
-    while frame is not None and frame.f_code.co_filename != code.co_filename:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code is code
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in _FILES:
+        frame = frame.f_back
+    return frame is not None and frame.f_code in _CHECKS
+
+
+_CHECKS = {
+    Dice.compute_expectation.__code__,
+    Distribution.__init__.__code__,
+    Distribution._validate_sample.__code__,
+}
+_FILES = {code.co_filename for code in _CHECKS}
 
 
 def make_graph(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> GraphModule:

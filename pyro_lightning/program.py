@@ -1,6 +1,7 @@
 """One traced loss of a module: its inputs, and its use in place of the eager loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -70,24 +71,17 @@ class Program:
         slots = _slots(module)
         self._dense = [s for s in slots if s.tensor.requires_grad and id(s.tensor) not in taken]
         self._fixed = [s for s in slots if not s.tensor.requires_grad and id(s.tensor) not in taken]
-        of_table = {id(s.tensor): s.name for s in slots if id(s.tensor) in taken}
-        names = [s.name for s in self._dense]
-        names += [of_table[id(table.parameter)] for table in self.tables]
-        fixed = [s.name for s in self._fixed]
-        whole = _Loss(module)
+        by_id = {id(slot.tensor): slot for slot in slots}
+        read = [*self._dense, *(by_id[id(table.parameter)] for table in self.tables), *self._fixed]
 
-        def loss_of(
-            free: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
-        ) -> torch.Tensor:
+        def loss_of(free: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
             for rows in free[len(self._dense) :]:
                 mark_taken(rows)
-            state = dict(zip((*names, *fixed), (*free, *others[: len(fixed)]), strict=True))
-            args, kwargs = inputs.flat.rebuilt(iter(others[len(fixed) :]))
-            called = torch.func.functional_call(
-                whole, {f"module.{name}": value for name, value in state.items()},
-                (args, kwargs, inputs.batch_size),
-            )
-            return called  # type: ignore[no-any-return]
+            left = iter(others)
+            state = [*free, *(next(left) for _ in self._fixed)]
+            args, kwargs = inputs.flat.rebuilt(left)
+            with _swapped(read, state):
+                return module._bare_loss(args, kwargs, inputs.batch_size)  # type: ignore[no-any-return]
 
         free, others = self._values(inputs)
         known = {id(p) for p in module.parameters()}
@@ -133,17 +127,6 @@ class Program:
         return loss  # type: ignore[no-any-return]
 
 
-class _Loss(nn.Module):
-    """A module's loss as the ``forward`` of another, for ``functional_call``."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
-        return self.module._bare_loss(args, kwargs, batch_size)  # type: ignore[no-any-return]
-
-
 class _Compiled(torch.autograd.Function):
     """Hands the gradients that a graph computed with its loss to autograd."""
 
@@ -160,22 +143,37 @@ class _Compiled(torch.autograd.Function):
 class _Slot(NamedTuple):
     """Where a module holds a parameter or buffer, which may be replaced there."""
 
-    name: str
-    holder: dict[str, Any]
-    key: str
     tensor: torch.Tensor
+    places: list[tuple[dict[str, Any], str]]
 
     def now(self) -> torch.Tensor:
-        return self.holder[self.key]  # type: ignore[no-any-return]
+        holder, key = self.places[0]
+        return holder[key]  # type: ignore[no-any-return]
 
 
 def _slots(module: nn.Module) -> list[_Slot]:
-    found, seen = [], set()
-    for prefix, part in module.named_modules():
+    found: dict[int, _Slot] = {}
+    for part in module.modules():
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    name = f"{prefix}.{key}" if prefix else key
-                    found.append(_Slot(name, holder, key, tensor))  # type: ignore[arg-type]
-    return found
+                if tensor is not None:
+                    slot = found.setdefault(id(tensor), _Slot(tensor, []))
+                    slot.places.append((holder, key))  # type: ignore[arg-type]
+    return list(found.values())
+
+
+@contextmanager
+def _swapped(slots: Sequence[_Slot], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hold other tensors in the places of a module's own.
+
+    ``torch.func.functional_call`` would leave them in a module that is reached by two names.
+    """
+    for slot, tensor in zip(slots, tensors, strict=True):
+        for holder, key in slot.places:
+            holder[key] = tensor
+    try:
+        yield
+    finally:
+        for slot in slots:
+            for holder, key in slot.places:
+                holder[key] = slot.tensor

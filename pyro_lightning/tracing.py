@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-from pyro_lightning._upstream import asks_for_zero_probabilities, make_graph, traced_node, untraced
+from pyro_lightning._upstream import expects_yes, make_graph, traced_node, untraced
 
 
 class Untraceable(Exception):
@@ -106,6 +106,8 @@ class _Answers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         if func not in _VALUES:
             return func(*args, **(kwargs or {}))
         tensor = args[0]
@@ -114,12 +116,20 @@ class _Answers(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.item:
             return tensor.detach()
-        if func is torch.Tensor.__bool__ and asks_for_zero_probabilities():
+        if func is torch.Tensor.__bool__ and expects_yes():
             return True
         raise Untraceable(
             f"Tensor.{func.__name__}() of a tensor that depends on parameters, batch or random "
             "numbers: its value now would hold for all batches"
         )
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    # torch's own looks at the largest and smallest value, to check them.
+    if num_classes < 0:
+        raise Untraceable("one_hot without num_classes looks for the largest class of a batch")
+    classes = torch.arange(num_classes, device=tensor.device)
+    return (tensor.unsqueeze(-1) == classes).long()
 
 
 def _depends_on_inputs(node: Node | None) -> bool:
