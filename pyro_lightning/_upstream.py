@@ -1,57 +1,40 @@
 """The private names of Pyro and torch that compilation leans on, each with a test of its own."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.util import Dice
-from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.util import warn_if_nan
 from torch import _inductor
 from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 
 
-def particle_losses(
-    elbo: ELBO,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Iterator[tuple[Any, Any]]:
-    """Yield the loss and the surrogate of each particle, each a tensor or a number.
+def answer_to_check() -> bool | None:
+    """Answer a check that asks for the value of a tensor, and that a step without errors passes.
 
-    They are what ``differentiable_loss`` and ``loss`` of ``Trace_ELBO``, ``TraceMeanField_ELBO`` and
-    ``TraceEnum_ELBO`` add up. Those look for NaN in between, in the backward pass too, which a
-    trace cannot follow; whoever calls this must look for it.
-    """
-    for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
-        if isinstance(elbo, TraceEnum_ELBO):
-            loss = -_compute_dice_elbo(model_trace, guide_trace)
-            yield (loss.detach() if isinstance(loss, torch.Tensor) else loss), loss
-        else:
-            yield elbo._differentiable_loss_particle(model_trace, guide_trace)
+    Such are the validation of distributions made beforehand, which stays on whatever the settings
+    are later; Pyro's warnings of NaN, in the backward pass too; and its sum over enumerated sites,
+    which leaves out draws of probability 0 lest ``0 * inf`` become NaN: told that there are none,
+    it gives the same sum, or NaN. Whoever runs a graph must look for NaN.
 
-
-def expects_yes() -> bool:
-    """Whether the value of a tensor is asked for by a check that a step without errors passes.
-
-    Those of distributions made beforehand, which validate whatever the settings are later; and
-    that of Pyro's sum over enumerated sites, which leaves out draws of probability 0, so that
-    ``0 * inf`` does not become NaN. Told that there are none, it gives the same sum, or NaN.
+    Returns:
+        The answer; None where something else asks.
     """
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename not in _FILES:
         frame = frame.f_back
-    return frame is not None and frame.f_code in _CHECKS
+    return None if frame is None else _CHECKS.get(frame.f_code)
 
 
 _CHECKS = {
-    Dice.compute_expectation.__code__,
-    Distribution.__init__.__code__,
-    Distribution._validate_sample.__code__,
+    Dice.compute_expectation.__code__: True,
+    Distribution.__init__.__code__: True,
+    Distribution._validate_sample.__code__: True,
+    warn_if_nan.__code__: False,
 }
 _FILES = {code.co_filename for code in _CHECKS}
 

@@ -95,6 +95,8 @@ class CompiledLoss:
         Raises:
             RuntimeError: When the loss cannot be compiled and ``strict`` is set.
         """
+        if not _trained(module):
+            return None  # there is no gradient to compute
         with self._refusing():
             inputs = step_inputs(module, batch)
             entry = self._entry(module, inputs)

@@ -147,7 +147,13 @@ class FusedStep:
         groups = [each.group for each in (*self._dense, *self._rows)]
         given += [self._scalar(float(group["lr"]), device) for group in groups]
         fixed = self._program.fixed()
-        return [*given, *(p.detach() for p in self._rest), *fixed, *tensors, *self._program.traced.constants]
+        return [
+            *given,
+            *(p.detach() for p in self._rest),
+            *fixed,
+            *tensors,
+            *self._program.traced.constants,
+        ]
 
     def _held(self, rows: _Rows) -> list[torch.Tensor]:
         parameter = rows.table.parameter
@@ -188,7 +194,9 @@ class FusedStep:
         fine = torch.isfinite(loss)
         for number, (each, held) in enumerate(zip(self._dense, dense, strict=True)):
             flat = torch.cat([_known(grads[place]).reshape(-1) for place in each.places])
-            for old, new in zip(held, self._updated(each, held, flat * weight, rates[number]), strict=True):
+            for old, new in zip(
+                held, self._updated(each, held, flat * weight, rates[number]), strict=True
+            ):
                 old.copy_(torch.where(fine, new, old))
         changed = []
         for number, (table, held) in enumerate(zip(self._rows, rows, strict=True), len(dense)):

@@ -18,7 +18,6 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
-from pyro_lightning._upstream import particle_losses
 from pyro_lightning.analytic_kl import AnalyticKLMessenger
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.renyi import renyi_loss
@@ -29,8 +28,6 @@ _SUMS = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, Trace
 # Logarithms of a mean over particles: a site's scale would be an exponent of its term.
 _LOG_MEANS = (RenyiELBO, ReweightedWakeSleep, TraceTMC_ELBO)
 # Pyro's own code of these sums rows under one logarithm, or gives no scalar.
-# Without a surrogate of their own kind: their particles can be added up here.
-_BY_PARTICLE = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 REPLACED = (RenyiELBO, ReweightedWakeSleep)
 SERVED = (*_SUMS, *_LOG_MEANS, EnergyDistance)
 
@@ -80,35 +77,12 @@ def differentiable_loss(
         return torch.as_tensor(elbo(model, guide, *args, **kwargs))
     if isinstance(elbo, TraceMeanField_ELBO):
         guide = AnalyticKLMessenger()(guide)
-    if isinstance(elbo, TraceGraph_ELBO) and torch.is_grad_enabled():
-        return _graph_loss(elbo, model, guide, args, kwargs, baselines or DecayingBaselines())
-    if isinstance(elbo, _BY_PARTICLE) and _is_pyros(elbo):
-        return _sum_of_particles(elbo, model, guide, args, kwargs)
     if not torch.is_grad_enabled():
+        # The same number; TraceEnum_ELBO.differentiable_loss refuses to run without gradients.
         return torch.as_tensor(elbo.loss(model, guide, *args, **kwargs))
+    if isinstance(elbo, TraceGraph_ELBO):
+        return _graph_loss(elbo, model, guide, args, kwargs, baselines or DecayingBaselines())
     return torch.as_tensor(elbo.differentiable_loss(model, guide, *args, **kwargs))
-
-
-def _is_pyros(elbo: ELBO) -> bool:
-    """Whether an ELBO's loss is Pyro's own, and not a subclass's of the user's."""
-    names = ("loss", "differentiable_loss")
-    return all(getattr(type(elbo), n).__module__.startswith("pyro.infer.") for n in names)
-
-
-def _sum_of_particles(
-    elbo: ELBO,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> torch.Tensor:
-    """Join the value of the ELBO and the gradient of its surrogate, particle by particle."""
-    total: Any = 0.0
-    for value, surrogate in particle_losses(elbo, model, guide, args, kwargs):
-        if isinstance(surrogate, torch.Tensor):
-            value = value + (surrogate - surrogate.detach())
-        total = total + value / elbo.num_particles
-    return torch.as_tensor(total)
 
 
 def _graph_loss(

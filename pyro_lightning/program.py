@@ -96,7 +96,9 @@ class Program:
         free = [slot.now() for slot in self._dense]
         for table in self.tables:
             assert inputs.rows is not None
-            free.append(gather_rows(table.parameter, inputs.rows.to(table.parameter.device), table.dim))
+            free.append(
+                gather_rows(table.parameter, inputs.rows.to(table.parameter.device), table.dim)
+            )
         return free, [*self.fixed(), *inputs.flat.tensors]
 
     @property

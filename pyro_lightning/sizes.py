@@ -107,9 +107,7 @@ def mean_batch_size(loader: Any, num_batches: float) -> float | None:
     return float(min(len(rows), num_batches * size) / num_batches)
 
 
-def cut_sizes(
-    loader: Any, num_batches: float, rows: int, steps: int
-) -> tuple[int, float | None]:
+def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[int, float | None]:
     """Rows of a mini-batch, and their mean, where each batch of a loader is cut into several.
 
     Args:

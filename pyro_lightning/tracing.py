@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-from pyro_lightning._upstream import expects_yes, make_graph, traced_node, untraced
+from pyro_lightning._upstream import answer_to_check, make_graph, traced_node, untraced
 
 
 class Untraceable(Exception):
@@ -108,6 +108,8 @@ class _Answers(TorchFunctionMode):
     ) -> Any:
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
+        if func is torch.Tensor.register_hook and answer_to_check() is False:
+            return None  # a check of the gradient
         if func not in _VALUES:
             return func(*args, **(kwargs or {}))
         tensor = args[0]
@@ -116,8 +118,9 @@ class _Answers(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.item:
             return tensor.detach()
-        if func is torch.Tensor.__bool__ and expects_yes():
-            return True
+        answer = answer_to_check()
+        if func is torch.Tensor.__bool__ and answer is not None:
+            return answer
         raise Untraceable(
             f"Tensor.{func.__name__}() of a tensor that depends on parameters, batch or random "
             "numbers: its value now would hold for all batches"
