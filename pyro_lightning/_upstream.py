@@ -71,5 +71,7 @@ def compile_graph(
         return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
     fallback = {"fallback_random": True, "reorder_for_peak_memory": False}
     known = _inductor.list_options()
+    # Random numbers in eager's order, so that a seed gives the same noise.
     chosen = {name: value for name, value in fallback.items() if name in known}
-    return _inductor.compile(graph, list(inputs), options=chosen)
+    compiled: Callable[..., Any] = _inductor.compile(graph, list(inputs), options=chosen)
+    return compiled

@@ -1,4 +1,4 @@
-"""Compiled losses of a module: one for each batch shape, trusted once it was compared with eager."""
+"""Compiled losses of a module: one for each batch shape, compared with eager before its use."""
 
 import random
 import traceback
@@ -37,7 +37,8 @@ def read_compile(compile: Any) -> "CompiledLoss | None":
     if compile is True or compile == "strict":
         return CompiledLoss({}, strict=compile == "strict")
     raise TypeError(
-        f"compile must be False, True, 'strict' or a dict of torch.compile's options; got {compile!r}"
+        "compile must be False, True, 'strict' or a dict of torch.compile's options; got "
+        f"{compile!r}"
     )
 
 

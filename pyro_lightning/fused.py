@@ -130,7 +130,7 @@ class FusedStep:
                         continue
                     parts = [
                         part.view_as(p)
-                        for part, p in zip(flat.split(sizes), dense.parameters, strict=True)
+                        for part, p in zip(torch.split(flat, sizes), dense.parameters, strict=True)
                     ]
                     torch._foreach_copy_([state.data for state in states], parts)
         self._begun = []
@@ -144,7 +144,7 @@ class FusedStep:
             given += [t.index_select(each.table.dim, rows) for t in self._held(each)]
         device = self._begun[0][0].device if self._begun else given[0].device
         given.append(self._scalar(weight, device))
-        groups = [each.group for each in (*self._dense, *self._rows)]
+        groups = [each.group for each in self._dense] + [each.group for each in self._rows]
         given += [self._scalar(float(group["lr"]), device) for group in groups]
         fixed = self._program.fixed()
         return [
@@ -179,7 +179,7 @@ class FusedStep:
         count = len(self._program.traced.used)
         free: list[Any] = [None] * count
         for each, held in zip(self._dense, dense, strict=True):
-            parts = held[0].split([p.numel() for p in each.parameters])
+            parts = torch.split(held[0], [p.numel() for p in each.parameters])
             for place, p, part in zip(each.places, each.parameters, parts, strict=True):
                 free[place] = part.view(p.shape)
         for table, held in zip(self._rows, rows, strict=True):
@@ -222,7 +222,8 @@ class FusedStep:
             tensors: Those of the batch.
             weight: What multiplies the loss.
         """
-        loss, *changed = self._run(*self._arguments(rows, tensors, weight))
+        with self._program.without_autocast():
+            loss, *changed = self._run(*self._arguments(rows, tensors, weight))
         new = iter(changed)
         for each in self._rows:
             for held in self._held(each):

@@ -245,7 +245,7 @@ class PyroSVIModule(ManySteps):
         log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
         log("train_loss", mean * size, batch_size=int(rows.sum()))
         log("train_loss_per_obs", mean, batch_size=int(rows.sum()))
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         for number, value in enumerate(per_obs.tolist(), first):
             if (number + 1) % every == 0:
                 metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}

@@ -112,7 +112,7 @@ class ParamStoreModule(nn.Module):
             yield
 
     def get(
-        self, name: str, init: Any, constraint: Any, owned: Callable[[nn.Parameter], bool]
+        self, name: str, init: Any, constraint: Any, owned: Callable[[torch.Tensor], bool]
     ) -> torch.Tensor:
         """Return the constrained value, making the parameter at its first statement.
 
@@ -217,7 +217,7 @@ class LocalParamMessenger(Messenger):
     def __init__(
         self,
         store: ParamStoreModule,
-        owned: Callable[[nn.Parameter], bool],
+        owned: Callable[[torch.Tensor], bool],
         rows: Callable[[], RowsOfBatch | None] = lambda: None,
     ) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """One traced loss of a module: its inputs, and its use in place of the eager loss."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -62,7 +62,8 @@ class Program:
     """
 
     def __init__(self, module: Any, inputs: StepInputs) -> None:
-        self._device = inputs.flat.tensors[0].device if inputs.flat.tensors else None
+        tensors = inputs.flat.tensors
+        self._device = tensors[0].device if tensors else torch.device("cpu")
         tables = module._per_row() if inputs.rows is not None else []
         if module._per_row() and inputs.rows is None:
             raise Untraceable("the guide's own create_plates says which rows a batch holds")
@@ -120,13 +121,15 @@ class Program:
         free, others = self._values(inputs)
         used = [p for p, is_used in zip(free, self.traced.used, strict=True) if is_used]
         values = [*(p.detach() for p in free), *others, *self.traced.constants]
-        autocast = torch.autocast(self._device.type, enabled=False) if self._device else None
-        if autocast is None or not torch.is_autocast_enabled(self._device.type):
-            loss = _Compiled.apply(self.run, values, *used)
-        else:  # the graph holds the conversions
-            with autocast:
-                loss = _Compiled.apply(self.run, values, *used)
+        with self.without_autocast():
+            loss = _Compiled.apply(self.run, values, *used)  # type: ignore[no-untyped-call]
         return loss  # type: ignore[no-any-return]
+
+    def without_autocast(self) -> Any:
+        """Make the context in which the graph runs, which holds autocast's conversions itself."""
+        if torch.is_autocast_enabled(self._device.type):
+            return torch.autocast(self._device.type, enabled=False)
+        return nullcontext()
 
 
 class _Compiled(torch.autograd.Function):
@@ -160,7 +163,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
             for key, tensor in holder.items():
                 if tensor is not None:
                     slot = found.setdefault(id(tensor), _Slot(tensor, []))
-                    slot.places.append((holder, key))  # type: ignore[arg-type]
+                    slot.places.append((holder, key))
     return list(found.values())
 
 

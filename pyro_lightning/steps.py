@@ -129,8 +129,8 @@ class ManySteps(LifeCycle):
                 value = self.trainer.callback_metrics.get(str(config.monitor))
                 if value is None:
                     raise ValueError(
-                        f"ReduceLROnPlateau watches '{config.monitor}', which is not logged. Logged "
-                        f"are: {', '.join(sorted(self.trainer.callback_metrics))}"
+                        f"ReduceLROnPlateau watches '{config.monitor}', which is not logged. "
+                        f"Logged are: {', '.join(sorted(self.trainer.callback_metrics))}"
                     )
             self.lr_scheduler_step(config.scheduler, value)
 
