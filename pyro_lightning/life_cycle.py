@@ -1,7 +1,8 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from pyro_lightning.first_run import (
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
+from pyro_lightning.masked_latents import KEPT, find_masked, open_masks
+from pyro_lightning.masks import CarriedMasks
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import sites_of_data
@@ -58,6 +61,7 @@ class LifeCycle(RowHooks, ModelOwner):
     _mean_batch_size: float | None = None
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
+    _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
     _initialised: bool = False
 
@@ -112,10 +116,22 @@ class LifeCycle(RowHooks, ModelOwner):
             model, guide = handled(self.model), handled(self.guide)
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
+            carried = (name for name, state in self._masks.items() if state != KEPT)
+            model, guide = CarriedMasks(carried).around(model, guide)
             # The first run only checks, and leaves them as they are.
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
-            return estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+            found = estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+        if open_masks(self._masks, found.model_sites, found.guide_sites) and not held_out:
+            self._settle_masks(batch)
+        return found
+
+    def _settle_masks(self, batch: Any) -> None:
+        """Decide about masks that left nothing out before, on the first batch where they do."""
+        with preserved_state(self), self._isolated() as handled:
+            in_model, in_guide = run_once(self, batch, handled)
+            sites = in_model.sites, in_guide.sites
+            self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -150,6 +166,8 @@ class LifeCycle(RowHooks, ModelOwner):
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
             self._check_params(batch, handled, in_model, in_guide, counted)
+        sites = in_model.sites, in_guide.sites
+        self._masks = find_masked(self, batch, handled, *sites, self._checks)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
         with torch.enable_grad(), explained:
             loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)

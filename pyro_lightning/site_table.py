@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.first_run import run_once
+from pyro_lightning.masked_latents import KEPT, find_masked
+from pyro_lightning.masks import carry_masks_
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import is_enumerated
@@ -154,6 +156,9 @@ def table_of_sites(module: Any, batch: Any) -> SiteTable:
         batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
         batch = module._with_rows(batch)
         model, guide = complete_contexts(partial(run_once, module, batch, handled))
+        sites = model.sites, guide.sites
+        masks = module._masks or find_masked(module, batch, handled, *sites, refuse=False)
+        carry_masks_([name for name, state in masks.items() if state != KEPT], *sites)
         ours, theirs = ({s["name"]: s for s in each.sites} for each in (model, guide))
         names = dict.fromkeys([*ours, *theirs])
         rows = [_row(ours.get(name), theirs.get(name), model.plates, module) for name in names]
