@@ -9,12 +9,13 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch.distributions import constraints, transform_to
 
-from pyro_lightning.batches import first_rows, map_tensors
+from pyro_lightning.batches import first_rows
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger, is_subsample
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
-from pyro_lightning.posterior import draws_at_once, stands_in
+from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
+from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
 from pyro_lightning.rows import ChosenBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
@@ -84,14 +85,29 @@ def globals_of_data(
         return ()
     data = data_of(batch)
     rows = module.num_rows(data)
-
-    def repeated(value: torch.Tensor) -> torch.Tensor:
-        by_row = value.dim() > 0 and len(value) == rows
-        return value[:1].expand(value.shape).clone() if by_row else value
-
-    inputs = module.model_inputs(map_tensors(data, repeated))
+    inputs = module.model_inputs(repeated_row(data, rows, rows))
     again = _run_again(module, batch, handled, module.guide, sites, inputs)
-    return _changed(sites, again)
+    changed = _changed(sites, again)
+    others = {site["name"] for site in sites if is_latent(site)}.difference(changed)
+    reading = sites_that_read_data(module, batch, handled, guide_sites, others)
+    return (*changed, *sorted(reading))
+
+
+def rows_of_sites(
+    module: Any, batch: Any, handled: Handled, guide_sites: list[Any]
+) -> dict[str, int]:
+    """Find the hand-written latents of rows that do not depend on the batch's data.
+
+    Returns:
+        The dimension of the rows, from the left, in the value of each.
+    """
+    data = data_of(batch)
+    rows = module.num_rows(data)
+    if rows == 1:  # one row tells nothing of the others
+        return {}
+    dims = row_dims(guide_sites, module._sites_of_data, module._row_plates())
+    reading = sites_that_read_data(module, batch, handled, guide_sites, dims)
+    return {name: dim for name, dim in dims.items() if name not in reading}
 
 
 def reads_rows_of_plate(

@@ -25,6 +25,7 @@ from pyro_lightning.first_run import (
     globals_of_data,
     params_of_shorter,
     reads_rows_of_plate,
+    rows_of_sites,
     run_once,
     run_shorter,
 )
@@ -161,6 +162,7 @@ class LifeCycle(RowHooks, ModelOwner):
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
         self._globals_of_data = globals_of_data(self, batch, handled, in_guide.sites)
+        self._dims_by_hand = rows_of_sites(self, batch, handled, in_guide.sites) if counted else {}
         if self._checks:
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)

@@ -230,8 +230,8 @@ class PyroSVIModule(LifeCycle):
 
         Args:
             num_samples: Number of draws.
-            rows: Row numbers in the training set, whose local latents are drawn jointly with the
-                globals; for guides with parameters of each row.
+            rows: Row numbers in the training set (or a slice, or a mask of all rows), whose local
+                latents are drawn jointly with the globals; for guides with parameters of each row.
 
         Returns:
             Draws by site, on the module's device, without gradient: global latents,
@@ -258,8 +258,8 @@ class PyroSVIModule(LifeCycle):
                 "latents parameters of their own."
             )
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
-        args, kwargs = self.model_inputs(batch)
         batch, local, places = self._batch_of_rows(batch, self.num_rows(batch), rows)
+        args, kwargs = self.model_inputs(batch.data)
         count, at_once = len(batch.rows), draws_at_once(self.guide)
         # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (

@@ -1,7 +1,8 @@
 """Lightning's side of parameters of each row: which rows there are, and their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 from pyro_lightning.gather import missing_rows
 from pyro_lightning.guides import parts_of
 from pyro_lightning.params import ParamStoreModule, RowParam, RowsOfBatch
+from pyro_lightning.reads_data import repeated_row
 from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
-from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, checked_rows
+from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, asked_rows, checked_rows
 from pyro_lightning.tables import RowTable, row_tables, rows_of_batch
 
 
@@ -29,6 +31,7 @@ class RowHooks(LightningModule):
     _switched_on: Any = None
     _identities: int | None = None
     _sites_of_data: tuple[str, ...] = ()
+    _dims_by_hand: Mapping[str, int] = MappingProxyType({})
 
     _data_plates: dict[str, int | None]
     _columns: tuple[str, ...]
@@ -166,24 +169,26 @@ class RowHooks(LightningModule):
         if rows is None:
             places = torch.zeros(batch_size, dtype=torch.long)
             return ChosenBatch(batch, places), {}, places
-        tables = self._tables()
-        if self._sites_of_data or not tables:
-            sites = ", ".join(map(repr, self._sites_of_data)) or "none"
+        dims = {**{table.site: table.dim for table in self._tables()}, **self._dims_by_hand}
+        computed = [site for site in self._sites_of_data if site not in dims]
+        if computed or not dims:
+            what = f"computes {', '.join(map(repr, computed))} from the data of its batch"
             raise ValueError(
-                "posterior_samples(rows=...) serves autoguides that keep parameters of each row; "
-                f"this guide has latents in the data plate that it writes by hand ({sites}). Run "
-                "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
+                "posterior_samples(rows=...) serves guides that keep parameters of each row, and "
+                f"this guide {what if computed else 'has no latents in the data plate'}. Run it on "
+                "a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
             )
-        numbers = torch.as_tensor(rows)
-        checked_rows(IndexedBatch(batch, numbers), numbers.numel(), self._count_rows(), None)
-        if self._trained is not None and not self._trained[numbers.cpu()].all():
-            missing = numbers[~self._trained[numbers.cpu()]].tolist()
+        numbers = asked_rows(rows, self._count_rows())
+        if self._trained is not None and not self._trained[numbers].all():
+            missing = numbers[~self._trained[numbers]].tolist()
             raise ValueError(
                 f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
                 "nothing of them"
             )
         numbers, places = torch.unique(numbers, return_inverse=True)
-        return ChosenBatch(batch, numbers), {table.site: table.dim for table in tables}, places
+        if self._dims_by_hand:  # such a guide makes its plate from the batch
+            batch = repeated_row(batch, batch_size, len(numbers))
+        return ChosenBatch(batch, numbers), dims, places
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -213,7 +218,7 @@ class RowHooks(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many rows have a number, and which of them trained."""
-        if self._tables() and self._trained is not None:
+        if self._per_row() and self._trained is not None:
             rows = {"identities": self._count_rows(), "trained": self._trained.clone()}
             checkpoint["pyro_lightning_rows"] = rows
 

@@ -176,3 +176,37 @@ def checked_rows(batch: Any, batch_size: int, identities: int, source: Any) -> t
             f"{identities - 1}. Number the rows of the training set, whose size is N, from 0."
         )
     return rows.long()
+
+
+def asked_rows(rows: Any, identities: int) -> torch.Tensor:
+    """Return the row numbers that a user asks for, ``(len(rows),)``, on the CPU.
+
+    Args:
+        rows: Integers in a sequence, array or tensor; a slice; or a mask, one bool for each row.
+        identities: How many rows there are.
+
+    Raises:
+        ValueError: When there is none, or when they are no numbers of rows.
+
+    Example:
+        >>> asked_rows(slice(0, 6, 2), 5)
+        tensor([0, 2, 4])
+    """
+    if isinstance(rows, slice):
+        numbers = torch.tensor(range(identities)[rows], dtype=torch.long)
+    else:
+        numbers = torch.as_tensor(rows).cpu()
+        if numbers.dtype == torch.bool and numbers.shape == (identities,):
+            numbers = numbers.nonzero().flatten()
+    if not numbers.numel():
+        raise ValueError("rows is empty: name at least one row")
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(
+            "rows must be a sequence of integers, a slice, or a mask of one bool for each of "
+            f"{identities} rows; got a tensor of shape {tuple(numbers.shape)} and {numbers.dtype}"
+        )
+    checked: torch.Tensor | None = checked_rows(
+        IndexedBatch(None, numbers), len(numbers), identities, None
+    )
+    assert checked is not None  # it is an IndexedBatch
+    return checked
