@@ -1,5 +1,6 @@
 """Lightning's side of parameters of each row: which rows there are, and their gradients."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -89,6 +90,7 @@ class RowHooks(LightningModule):
             if not _makes_plates(parts_of(self.guide)):
                 raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
         else:
+            self._warn_of_other_rows(source.dataset.source)
             self._source = source.dataset.source
             self._expect_rows(source)
             if not source.dataset.row_numbers:
@@ -96,6 +98,20 @@ class RowHooks(LightningModule):
                 self._switched_on.row_numbers = True
         # DDP would send all rows at each step; on_before_optimizer_step sends those of a batch.
         self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
+
+    def _warn_of_other_rows(self, source: int) -> None:
+        """Warn where rows of another data set would go on with the parameters of those before."""
+        trained = self._trained is not None and bool(self._trained.any())
+        if trained and self._source not in (None, source):
+            site = self._per_row()[0].site
+            warnings.warn(
+                f"the guide has parameters for each row (site '{site}'), which trained on another "
+                "data set: row i of this one goes on with the parameters of row i of that one. If "
+                "these are other rows, make a new PyroSVIModule; if they are the same, wrap the "
+                "same data set again, so that this is known.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _expect_rows(self, source: RowSource) -> None:
         """Start or go on with the record of the rows that trained."""

@@ -1,12 +1,13 @@
 """Which rows of the data set a batch holds, for guides that keep parameters of each row."""
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 from torch.utils.data import default_collate as _default_collate
+
+from pyro_lightning.sources import source_of
 
 
 class IndexedBatch(NamedTuple):
@@ -62,7 +63,7 @@ class IndexedDataset(Dataset[Any]):
         self.dataset = dataset
         self.collate_fn = collate_fn
         # Of the data set itself: wrapped anew, as hooks that make loaders do, it is no other.
-        self.source = id(dataset)
+        self.source = source_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,11 +87,6 @@ class IndexedDataset(Dataset[Any]):
         """Join items by the ``collate_fn`` of this data set, and their numbers."""
         data = (self.collate_fn or _default_collate)([item.data for item in items])
         return IndexedBatch(data, torch.tensor([int(item.rows) for item in items]), self.source)
-
-
-def new_source() -> int:
-    """Make a number that no other data set has; a number, since default collation keeps it."""
-    return uuid.uuid4().int >> 65
 
 
 def data_of(batch: Any) -> Any:
