@@ -13,10 +13,11 @@ from pyro_lightning.batches import first_rows
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger, is_subsample
+from pyro_lightning.indexed_params import indexed_params
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
 from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
-from pyro_lightning.rows import ChosenBatch, data_of
+from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
 
@@ -226,3 +227,18 @@ def params_of_shorter(
     finally:
         module._pyro_param_store = store
     return found
+
+
+def indexed_by_data(module: Any, batch: IndexedBatch) -> tuple[str, ...]:
+    """Name the dense parameters of all rows that the data of a batch index."""
+    data, served = batch.data, module._row_parameters()
+    rows = module.num_rows(data)
+
+    def losses(repeated: bool) -> torch.Tensor:
+        shown = repeated_row(data, rows, rows) if repeated else data
+        with torch.enable_grad():
+            loss: torch.Tensor = module._run(batch._replace(data=shown)).loss
+        return loss
+
+    others = {name: p for name, p in module.named_parameters() if name not in served}
+    return indexed_params(others, {module._known_size(), module._count_rows()}, rows, losses)

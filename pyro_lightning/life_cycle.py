@@ -23,6 +23,7 @@ from pyro_lightning.checks import check_leaves, check_sites
 from pyro_lightning.elbo import Estimate, estimate_elbo
 from pyro_lightning.first_run import (
     globals_of_data,
+    indexed_by_data,
     params_of_shorter,
     reads_rows_of_plate,
     rows_of_sites,
@@ -32,6 +33,7 @@ from pyro_lightning.first_run import (
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
+from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.masked_latents import KEPT, find_masked, open_masks
 from pyro_lightning.masks import CarriedMasks
 from pyro_lightning.owner import ModelOwner
@@ -62,6 +64,7 @@ class LifeCycle(RowHooks, ModelOwner):
     _mean_batch_size: float | None = None
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
+    _indexed: tuple[str, ...] = ()
     _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
     _initialised: bool = False
@@ -174,6 +177,7 @@ class LifeCycle(RowHooks, ModelOwner):
         with torch.enable_grad(), explained:
             loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
             check_leaves(loss, self)
+        self._indexed = indexed_by_data(self, batch) if self._checks and counted else ()
 
     def _check_params(
         self,
@@ -278,6 +282,7 @@ class LifeCycle(RowHooks, ModelOwner):
                 "autoguide, or give the guide parameters."
             )
         optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
+        warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
