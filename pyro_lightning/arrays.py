@@ -84,7 +84,8 @@ class ArrayDataset(Dataset[Any]):
         batch = self._cut(index)
         if not self.row_numbers:
             return batch
-        return IndexedBatch(batch, torch.as_tensor(index), self.source)
+        # As Python counts, -1 is the last row.
+        return IndexedBatch(batch, torch.as_tensor(index) % self.identities, self.source)
 
     def _cut(self, index: Any) -> Any:
         def take(array: Any) -> torch.Tensor:

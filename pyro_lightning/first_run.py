@@ -14,6 +14,7 @@ from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger, is_subsample
 from pyro_lightning.indexed_params import indexed_params
+from pyro_lightning.initial_rows import set_initial_rows
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
 from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
@@ -45,17 +46,24 @@ def run_once(
     columns = {name: in_model.plates[name] for name in module._columns}
     model, guide = handled(module.model), handled(module.guide)
     known = RowsOfBatch(plates, torch.arange(rows) % identities, identities)
+    readers = []
+
+    def read_whole(part: Any, fn: Any) -> Callable[..., Any]:
+        readers.append(FullSizeMessenger(part, plates, identities, columns))
+        read: Callable[..., Any] = readers[-1](handler()(handled(fn)))
+        return read
+
     with torch.no_grad(), explained((args, kwargs), handler, model):
         with module._known_rows(known):
             make_prototypes(
                 module.guide,
                 guide,
-                lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
-                    handler()(handled(fn))
-                ),
+                read_whole,
                 partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
                 (args, kwargs),
             )
+        for reader in readers:
+            set_initial_rows(reader.part, reader.initial)
         with module._rows_of(batch, rows):
             trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)

@@ -65,6 +65,7 @@ class LifeCycle(RowHooks, ModelOwner):
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
     _indexed: tuple[str, ...] = ()
+    _checked_rows: int = 0
     _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
     _initialised: bool = False
@@ -144,6 +145,7 @@ class LifeCycle(RowHooks, ModelOwner):
         Outside inference mode, whose tensors cannot train; the guide's prototype without
         gradients, so that what it remembers can be copied.
         """
+        self._initialised = False
         self._find_networks()
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
@@ -152,6 +154,7 @@ class LifeCycle(RowHooks, ModelOwner):
         data = data_of(batch)
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
+        self._checked_rows = self.num_rows(data)
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:

@@ -152,7 +152,8 @@ class PyroSVIModule(LifeCycle):
 
     def _estimate(self, batch: Any, held_out: bool = False) -> Estimate:
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        if not self._initialised:
+        # One row alone cannot be compared with less, as some checks do.
+        if not self._initialised or (self._checked_rows == 1 and rows > 1):
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():

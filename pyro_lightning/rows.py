@@ -74,14 +74,18 @@ class IndexedDataset(Dataset[Any]):
         return len(self)
 
     def __getitem__(self, index: int) -> IndexedBatch:
-        return IndexedBatch(self.dataset[index], index, self.source)
+        return IndexedBatch(self.dataset[index], self._number(index), self.source)
+
+    def _number(self, index: int) -> int:
+        return index + len(self) if index < 0 else index
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        numbers = [self._number(index) for index in indices]
         if isinstance(items, list) and len(items) == len(indices):
-            return [IndexedBatch(*pair, self.source) for pair in zip(items, indices, strict=True)]
-        return IndexedBatch(items, torch.as_tensor(indices), self.source)
+            return [IndexedBatch(*pair, self.source) for pair in zip(items, numbers, strict=True)]
+        return IndexedBatch(items, torch.as_tensor(numbers), self.source)
 
     def collate(self, items: list[IndexedBatch]) -> IndexedBatch:
         """Join items by the ``collate_fn`` of this data set, and their numbers."""

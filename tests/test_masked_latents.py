@@ -163,7 +163,7 @@ def test_elbos_of_rows_give_no_gradient_either(elbo):
 def test_fit_with_padded_rows():
     # z_i | x_i is Normal with precision 1 + 1 / 0.36; what is not there is left as it was made.
     data = ArrayDataModule((X, THERE), batch_size=B)
-    start = init_to_value(values={"z": torch.zeros(B)})
+    start = init_to_value(values={"z": torch.tensor(0.0)})
     svi = PyroSVIModule(
         only_rows,
         partial(AutoNormal, init_loc_fn=start),
