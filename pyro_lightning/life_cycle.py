@@ -65,6 +65,7 @@ class LifeCycle(RowHooks, ModelOwner):
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
     _indexed: tuple[str, ...] = ()
+    _makes_handler: Callable[..., DataPlateMessenger] = DataPlateMessenger
     _checked_rows: int = 0
     _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
@@ -111,7 +112,7 @@ class LifeCycle(RowHooks, ModelOwner):
         size = self._known_size()
         plates = {name: stated or size for name, stated in self._data_plates.items()}
         sites = dict.fromkeys(self._scale_sites, size)
-        return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
+        return partial(self._makes_handler, plates, batch_size, sites, self._columns)
 
     def _run(self, batch: Any, held_out: bool = False) -> Estimate:
         data = data_of(batch)

@@ -78,8 +78,8 @@ def _signature(site: Any, parameters: Sequence[torch.Tensor]) -> list[torch.Tens
     """A site's log-density, or the point that it is; and the gradient of its weighted sum."""
     point = point_of(site["fn"])
     value: torch.Tensor = site["fn"].log_prob(site["value"]) if point is None else point.v
-    if not value.requires_grad:
-        return [value]
+    if not value.requires_grad or not parameters:
+        return [value.detach()]
     # Weights, so that a gradient tells which row it came from.
     weights = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device)
     total = (value * weights.reshape(value.shape)).sum()
