@@ -83,7 +83,8 @@ def _signature(site: Any, parameters: Sequence[torch.Tensor]) -> list[torch.Tens
     # Weights, so that a gradient tells which row it came from.
     weights = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device)
     total = (value * weights.reshape(value.shape)).sum()
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    # Other sites may share what it was computed from.
+    gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
     return [value.detach(), *gradients]
 
 

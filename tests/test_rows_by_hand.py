@@ -101,6 +101,19 @@ def test_more_rows_than_the_first_batch_held_and_fewer():
     assert svi.posterior_samples(3, rows=[5])["w"].shape == (3, 1, 3)
 
 
+def test_latents_whose_parameters_are_computed_together():
+    def guide(x):
+        free = pyro.param("free", torch.zeros(2))
+        loc, scale = free.tanh(), free.exp()
+        pyro.sample("mu", dist.Normal(loc[0], scale[0]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc[1], scale[1]))
+            pyro.sample("w", dist.Normal(loc[1].expand(3), scale[1]).to_event(1))
+
+    draws = ready(guide).posterior_samples(3, rows=ROWS)
+    assert draws["mu"].shape == (3,) and draws["w"].shape == (3, 4, 3)
+
+
 def test_latents_that_no_parameter_tells_apart():
     # One distribution of every row, whatever its data.
     def shared(x):
