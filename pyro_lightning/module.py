@@ -164,7 +164,8 @@ class PyroSVIModule(ManySteps):
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        if not self._initialised:
+        # One row alone cannot be compared with less, as some checks do.
+        if not self._initialised or (self._checked_rows == 1 and rows > 1):
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
@@ -273,8 +274,8 @@ class PyroSVIModule(ManySteps):
 
         Args:
             num_samples: Number of draws.
-            rows: Row numbers in the training set, whose local latents are drawn jointly with the
-                globals; for guides with parameters of each row.
+            rows: Row numbers in the training set (or a slice, or a mask of all rows), whose local
+                latents are drawn jointly with the globals; for guides with parameters of each row.
 
         Returns:
             Draws by site, on the module's device, without gradient: global latents,
@@ -301,8 +302,8 @@ class PyroSVIModule(ManySteps):
                 "latents parameters of their own."
             )
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
-        args, kwargs = self.model_inputs(batch)
         batch, local, places = self._batch_of_rows(batch, self.num_rows(batch), rows)
+        args, kwargs = self.model_inputs(batch.data)
         count, at_once = len(batch.rows), draws_at_once(self.guide)
         # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (
