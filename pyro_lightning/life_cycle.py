@@ -124,8 +124,7 @@ class LifeCycle(RowHooks, ModelOwner):
             model, guide = handled(self.model), handled(self.guide)
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
-            carried = (name for name, state in self._masks.items() if state != KEPT)
-            model, guide = CarriedMasks(carried).around(model, guide)
+            model, guide = self._masked(model, guide)
             # The first run only checks, and leaves them as they are.
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
@@ -133,6 +132,12 @@ class LifeCycle(RowHooks, ModelOwner):
         if open_masks(self._masks, found.model_sites, found.guide_sites) and not held_out:
             self._settle_masks(batch)
         return found
+
+    def _masked(
+        self, model: Callable[..., Any], guide: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        carried = (name for name, state in self._masks.items() if state != KEPT)
+        return CarriedMasks(carried).around(model, guide)
 
     def _settle_masks(self, batch: Any) -> None:
         """Decide about masks that left nothing out before, on the first batch where they do."""
@@ -144,7 +149,7 @@ class LifeCycle(RowHooks, ModelOwner):
     def _bare_loss(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
         """Compute the loss from a batch's arguments alone, for a trace of it."""
         with self._isolated() as handled, self._taken_rows(batch_size):
-            model, guide = handled(self.model), handled(self.guide)
+            model, guide = self._masked(handled(self.model), handled(self.guide))
             handler = self._handler(batch_size)
             return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
 
