@@ -84,7 +84,6 @@ class ManySteps(LifeCycle):
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[0]) if self._whole else 1.0
         size = self.num_rows(data_of(parts[0]))
-        fused.begin()
         try:
             with torch.no_grad():
                 for part in parts:
