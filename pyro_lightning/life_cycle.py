@@ -159,7 +159,10 @@ class LifeCycle(RowHooks, ModelOwner):
         """Whether an attribute is no state of the user's, but this class's own."""
         if holder is not self:
             return False
-        return name in self._names_of_library or (name.startswith("_") and hasattr(LifeCycle, name))
+        if name in self._names_of_library or name == "_ddp_params_and_buffers_to_ignore":
+            return True
+        ours = [base for base in type(self).__mro__ if base.__module__.startswith("pyro_lightning.")]
+        return name.startswith("_") and any(name in vars(base) for base in ours)
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
+from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
@@ -59,6 +61,9 @@ class ManySteps(LifeCycle):
                 size = self.num_rows(data_of(parts[done]))
                 alike = [p for p in parts[done:] if self.num_rows(data_of(p)) == size]
                 results += self._take_fused(fused, alike, position + done)
+            if len(results) == done:  # arguments that are never the same twice
+                results.append(self._take_step(parts[done], optimizer))
+                self._step_schedulers("step", position + done)
         return results
 
     def _take_step(self, part: Any, optimizer: Any) -> StepResult:
@@ -74,11 +79,24 @@ class ManySteps(LifeCycle):
         # Several processes average gradients, and a scaler looks at them, between loss and update.
         if self._compiled is None or not self._initialised or self.trainer.world_size > 1:
             return None
+        if self._looks_between():
+            return None
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return None
         if isinstance(part, IndexedBatch) and len(torch.unique(part.rows)) < len(part.rows):
             return None
         return self._compiled.step(self, part, optimizer)
+
+    def _looks_between(self) -> bool:
+        """Whether hooks of the user's, or of a callback, run between loss and update."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        between = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+        mine = [getattr(type(self), name).__module__ for name in (*between, "backward")]
+        return any(not is_library(module) for module in mine) or any(
+            getattr(type(each), name) is not getattr(Callback, name)
+            for each in callbacks
+            for name in between
+        )
 
     def _take_fused(self, fused: FusedStep, parts: list[Any], position: int) -> list[StepResult]:
         losses: list[torch.Tensor] = []
@@ -87,16 +105,20 @@ class ManySteps(LifeCycle):
         try:
             with torch.no_grad():
                 for part in parts:
-                    tensors = flatten(self.model_inputs(data_of(part))).tensors
+                    given = flatten(self.model_inputs(data_of(part)))
+                    if given.structure != fused.structure:
+                        break  # numbers among the arguments have changed: another graph
                     rows = None
                     if self._per_row():
                         rows = checked_rows(part, size, self._count_rows(), self._source)
-                    losses.append(fused.step(rows, tensors, weight).clone())
+                    losses.append(fused.step(rows, given.tensors, weight).clone())
+                    count_optimizer_steps(self.trainer, 1)
                     self._step_schedulers("step", position + len(losses) - 1)
+                    if not fused.fits():
+                        break
         finally:
             fused.finish()
-        count_optimizer_steps(self.trainer, len(losses))
-        finite = torch.isfinite(torch.stack(losses)).tolist()
+        finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
         if not all(finite):
             self._explain(parts[finite.index(False)], losses[finite.index(False)])
         return [StepResult(loss, size, self._whole) for loss in losses]
