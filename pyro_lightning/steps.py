@@ -1,7 +1,7 @@
 """Several optimizer steps in one training step of Lightning's."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -9,21 +9,13 @@ from torch.optim import Optimizer
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.compiled import CompiledLoss
+from pyro_lightning.figures import Figures, StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
-from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 
 
-class StepResult(NamedTuple):
-    """What one of several steps had to log: its loss, B, and whether it is the whole data set's."""
-
-    loss: torch.Tensor
-    rows: int
-    whole: bool
-
-
-class ManySteps(LifeCycle):
+class ManySteps(Figures):
     """Cuts a batch of the loader into mini-batches, and takes an optimizer step on each."""
 
     steps_per_batch: int
@@ -33,9 +25,6 @@ class ManySteps(LifeCycle):
 
     def batch_weight(self, batch: Any) -> float:
         """What multiplies a batch's loss in training."""
-        raise NotImplementedError
-
-    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         raise NotImplementedError
 
     def _take_steps(self, batch: Any) -> list[StepResult]:
@@ -135,19 +124,10 @@ class ManySteps(LifeCycle):
             self.lr_scheduler_step(config.scheduler, value)
 
     def on_train_epoch_end(self) -> None:
-        """Step the schedulers of epochs, where optimization is manual."""
+        """Log the epoch; step the schedulers of epochs, where optimization is manual."""
+        super().on_train_epoch_end()
         if self.steps_per_batch > 1:
             self._step_schedulers("epoch", self.trainer.current_epoch)
-            self._log_position(self.trainer.global_step - 1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of a validation at the optimizer's step."""
-        if self.steps_per_batch > 1 and self.trainer.training:
-            self._log_position(self.trainer.global_step)
-
-    def _log_position(self, step: int) -> None:
-        # Lightning takes a logged "step" for the x-axis in place of its count of loader batches.
-        self.log("step", torch.tensor(float(step), dtype=torch.float64))
 
 
 def cut(batch: Any, size: int, rows: int) -> list[Any]:
