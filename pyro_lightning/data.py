@@ -199,7 +199,7 @@ class ArrayDataModule(LightningDataModule):
         workers = self.num_workers if home is None else 0
         return RowLoader(
             dataset,
-            batches,
+            batch_sampler=batches,
             copy_to=self._copies_ahead_to() if home is None and pin else None,
             num_workers=workers,
             persistent_workers=workers > 0,

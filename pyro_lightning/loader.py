@@ -47,7 +47,8 @@ class RowLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Any,
-        batch_sampler: Any = None,
+        *,  # Lightning makes the loader anew, with another batch sampler by keyword
+        batch_sampler: Any,
         copy_to: torch.device | None = None,
         **options: Any,
     ) -> None:
