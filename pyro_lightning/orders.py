@@ -86,9 +86,10 @@ class KeyedPermutation:
         return rows
 
     def _once(self, cells: Rows) -> Rows:
-        high, low = np.divmod(cells, self.width)
+        rows = cells // self.width
         # 32 bits: half the memory to move, and sqrt(N) fits.
-        high, low = high.astype(np.int32), low.astype(np.int32)
+        low = (cells - rows * self.width).astype(np.int32)
+        high = rows.astype(np.int32)
         for move_high, move_low in zip(self._tables[::2], self._tables[1::2], strict=True):
             high += move_high.take(low)
             high -= (high >= self.height) * np.int32(self.height)
@@ -107,7 +108,7 @@ class InBlocks:
     A batch of B rows then mixes ``W (1 - (1 - 1/W)^B)`` of W = ``together`` blocks on average.
     Within them its rows are a simple random sample; the blocks are one of all blocks. With S^2 the
     variance of a quantity over all rows, and V that of its mean over blocks, a batch's mean has
-    variance ``(S^2 - V) / B + V / W`` about, against ``S^2 / B`` of :func:`shuffled`. V is
+    variance ``(S^2 - V / W) / B + V / W`` about, against ``S^2 / B`` of :func:`shuffled`. V is
     ``S^2 / block`` for rows in no order, and of the size of S^2 for a file that is sorted.
 
     Args:
@@ -135,5 +136,7 @@ class InBlocks:
             inside = torch.randperm(rows, generator=generator, dtype=torch.int32)
             for start in range(0, rows, CHUNK):
                 part = inside[start : start + CHUNK].long().numpy()
-                which, place = np.divmod(part, self.block)
-                yield (starts[which] + place + shift) % size
+                block = part // self.block
+                moved = part + (starts - np.arange(len(starts)) * self.block + shift)[block]
+                moved[moved >= size] -= size
+                yield moved

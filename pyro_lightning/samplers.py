@@ -65,8 +65,8 @@ class DistributedRows(DistributedSampler[Any]):
         missing = self.total_size - len(self.dataset)  # type: ignore[arg-type]
         first, seen = np.empty(0, np.int64), 0
         for chunk in self.order(len(self.dataset), generator):  # type: ignore[arg-type]
-            if not seen:
-                first = chunk[:missing].copy()
+            if len(first) < missing:
+                first = np.concatenate([first, chunk])[:missing]
             yield chunk[(self.rank - seen) % self.num_replicas :: self.num_replicas]
             seen += len(chunk)
         again = np.resize(first, missing)
