@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--columns", type=int, default=16, help="columns of x, 4 bytes each")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--blocks", action="store_true", help="shuffle blocks instead of rows")
+    parser.add_argument("--val-split", type=float, default=0.0, help="share of rows held out")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--limit", type=float, default=200.0, help="MB over the baseline")
     args = parser.parse_args()
@@ -101,10 +102,14 @@ def main() -> int:
         x, y = read_data(folder, args.rows, args.columns)
         svi = PyroSVIModule(linear, optimizer=partial(torch.optim.Adam, lr=1e-2))
         data = ArrayDataModule(
-            (x, y), batch_size=args.batch_size, shuffle="blocks" if args.blocks else True
+            (x, y),
+            batch_size=args.batch_size,
+            shuffle="blocks" if args.blocks else True,
+            val_split=args.val_split,
         )
         trainer = Trainer(
             max_steps=args.steps,
+            limit_val_batches=0,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,

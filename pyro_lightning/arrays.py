@@ -158,7 +158,7 @@ class ArrayDataset(Dataset[Any]):
     Args:
         arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each; or the
             ``Columns`` that several data sets share.
-        rows: Which rows belong to this data set; all of them by default.
+        rows: Which rows belong to this data set, an array or ``RowsWithout``; all by default.
 
     Attributes:
         row_numbers: Whether batches say which rows of the arrays they hold, as ``IndexedBatch``.
@@ -169,7 +169,7 @@ class ArrayDataset(Dataset[Any]):
         TypeError: When something is not an array of numbers.
     """
 
-    def __init__(self, arrays: Arrays, rows: np.ndarray[Any, Any] | None = None) -> None:
+    def __init__(self, arrays: Arrays, rows: Any = None) -> None:
         self.columns = arrays if isinstance(arrays, Columns) else Columns(arrays)
         self.rows = rows
         self.row_numbers = False
@@ -204,7 +204,7 @@ class ArrayDataset(Dataset[Any]):
     def _parents(self, wanted: Any) -> Any:
         """Rows of the arrays; on the device of the numbers, so that none of them is moved."""
         if isinstance(wanted, np.ndarray):
-            return self.rows[wanted]  # type: ignore[index]
+            return self.rows[wanted]
         if self._rows_there is None or self._rows_there.device != wanted.device:
-            self._rows_there = torch.as_tensor(self.rows, device=wanted.device)
+            self._rows_there = torch.as_tensor(np.asarray(self.rows), device=wanted.device)
         return self._rows_there[wanted]

@@ -25,10 +25,12 @@ def in_order(size: int, generator: torch.Generator | None = None) -> Iterator[Ro
         yield np.arange(start, min(start + CHUNK, size))
 
 
-def shuffled(size: int, generator: torch.Generator) -> Iterator[Rows]:
+def shuffled(
+    size: int, generator: torch.Generator, largest_table: int = LARGEST_TABLE
+) -> Iterator[Rows]:
     """Yield every row once in random order, in chunks.
 
-    Up to 2^24 rows this is torch's permutation, each order as likely as any other; above, it is a
+    Up to ``largest_table`` = 2^24 rows this is torch's permutation, each order as likely as any other; above, it is a
     :class:`KeyedPermutation`, whose memory is that of the square root of the rows.
 
     Example:
@@ -36,7 +38,7 @@ def shuffled(size: int, generator: torch.Generator) -> Iterator[Rows]:
         >>> sorted(rows.tolist())
         [0, 1, 2, 3, 4]
     """
-    if size <= LARGEST_TABLE:
+    if size <= largest_table:
         order = torch.randperm(size, generator=generator, dtype=torch.int32)
         for start in range(0, size, CHUNK):
             yield order[start : start + CHUNK].long().numpy()
@@ -133,9 +135,8 @@ class InBlocks:
             # In ascending order, so that the one block that may be short is the last of its group.
             starts = np.sort(group.numpy()) * self.block
             rows = len(starts) * self.block - max(0, int(starts[-1]) + self.block - size)
-            inside = torch.randperm(rows, generator=generator, dtype=torch.int32)
-            for start in range(0, rows, CHUNK):
-                part = inside[start : start + CHUNK].long().numpy()
+            # No large table: training would wait for it in the middle of an epoch.
+            for part in shuffled(rows, generator, 2**18):
                 block = part // self.block
                 moved = part + (starts - np.arange(len(starts)) * self.block + shift)[block]
                 moved[moved >= size] -= size

@@ -4,6 +4,7 @@ Seeds are fixed, so that a statistical test fails always or never; its bounds ar
 deviations.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -50,9 +51,8 @@ def test_a_table_is_torchs_permutation():
 
 
 def test_more_rows_than_a_table_may_hold_come_once(monkeypatch):
-    monkeypatch.setattr(orders, "LARGEST_TABLE", 999)
     monkeypatch.setattr(orders, "CHUNK", 64)
-    rows = whole(shuffled, 1000, 3)
+    rows = whole(partial(shuffled, largest_table=999), 1000, 3)
     assert sorted(rows.tolist()) == list(range(1000))
     assert rows.tolist() == next(keyed(1000, seeded(3))).tolist()
 
@@ -135,6 +135,11 @@ def test_blocks_are_read_a_few_at_a_time():
     touched = [len(np.unique(group // BLOCK)) for group in groups]
     assert max(touched) <= 2 * TOGETHER
     assert max(len(np.intersect1d(a, b)) for a, b in pairwise(groups)) == 0
+
+
+def test_a_group_of_blocks_of_many_rows_is_shuffled_without_a_table():
+    rows = whole(InBlocks(block=2**15, together=10), 10**6, 0)
+    assert np.array_equal(np.sort(rows), np.arange(10**6))
 
 
 def test_blocks_begin_elsewhere_in_each_epoch():
