@@ -3,8 +3,8 @@
 Before a cold round the kernel is asked to drop the file's pages (``posix_fadvise``, which needs no
 rights). What was read from the disk is ``read_bytes`` of ``/proc/self/io``: missing pages, and what
 the kernel reads around each, the ``read_ahead_kb`` of the disk. Orders take turns, round by round;
-shown are medians. The first batches of an epoch are read: of shuffled blocks those of the first group of
-blocks, 16.8 million rows of 16 bytes.
+shown are medians. Read are the first batches of an epoch: of shuffled blocks those of the first
+group of blocks, 16.8 million rows of 16 bytes.
 """
 
 import argparse

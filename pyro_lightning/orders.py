@@ -30,8 +30,9 @@ def shuffled(
 ) -> Iterator[Rows]:
     """Yield every row once in random order, in chunks.
 
-    Up to ``largest_table`` = 2^24 rows this is torch's permutation, each order as likely as any other; above, it is a
-    :class:`KeyedPermutation`, whose memory is that of the square root of the rows.
+    Up to ``largest_table`` rows this is torch's permutation, each order as likely as any other, and
+    a table of 4 bytes a row; above, it is a :class:`KeyedPermutation`, whose memory is that of the
+    square root of the rows.
 
     Example:
         >>> rows = np.concatenate(list(shuffled(5, torch.Generator().manual_seed(0))))
@@ -105,7 +106,8 @@ class InBlocks:
 
     Blocks are put in random order; the rows of ``together`` blocks are shuffled and used up before
     those of the next are touched, so that a disk reads long stretches, each of them once. Where
-    blocks begin is drawn anew each epoch.
+    blocks begin is drawn anew each epoch. More than 2^18 rows are shuffled by a
+    :class:`KeyedPermutation`.
 
     A batch of B rows then mixes ``W (1 - (1 - 1/W)^B)`` of W = ``together`` blocks on average.
     Within them its rows are a simple random sample; the blocks are one of all blocks. With S^2 the
