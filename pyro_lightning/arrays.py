@@ -13,6 +13,7 @@ from pyro_lightning.rows import IndexedBatch, new_source
 
 Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
 
+_NOT_INDEXED = "uint16", "uint32", "uint64"
 _COPIED_AT_ONCE = 2**24  # bytes that go to a device at once, so that a memmap is not loaded whole
 
 
@@ -81,10 +82,25 @@ class Columns:
             rows = rows.cpu().numpy()
         return self._joined([reader(rows) for reader in self._readers])
 
+    @property
+    def unindexed(self) -> dict[Any, str]:
+        """Types of arrays of which torch cannot cut rows, by name."""
+        types = {name: str(array.dtype) for name, array in _named(self.arrays).items()}
+        return {name: kind for name, kind in types.items() if kind.endswith(_NOT_INDEXED)}
+
     def keep_on(self, device: torch.device) -> None:
-        """Copy the arrays to a device, and cut batches there from now on."""
+        """Copy the arrays to a device, and cut batches there from now on.
+
+        Raises:
+            TypeError: For arrays that torch cannot index.
+        """
         if device == self.device:
             return
+        for name, kind in self.unindexed.items():
+            raise TypeError(
+                f"array {name!r} has dtype {kind}, of which torch cannot cut rows on {device}; "
+                "convert it to another, or leave out device"
+            )
         kept = [_copied(array, device) for array in _named(self.arrays).values()]
         self._readers = [partial(torch.Tensor.index_select, tensor, 0) for tensor in kept]
         self.device = device

@@ -176,7 +176,8 @@ class ArrayDataModule(LightningDataModule):
             if root is None or root.type != "cuda" or columns.device == root:
                 return columns.device
             free = torch.cuda.mem_get_info(root)[0]
-            return root if columns.nbytes <= SHARE_OF_DEVICE * free else None
+            fits = columns.nbytes <= SHARE_OF_DEVICE * free and not columns.unindexed
+            return root if fits else None
         wanted = torch.device(self.device)
         if root is not None and root.type == wanted.type:
             wanted = root  # each process of several has its own

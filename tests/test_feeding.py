@@ -225,6 +225,13 @@ def test_what_was_kept_on_a_device_is_given_up():
     assert torch.equal(columns.cut(np.array([3])), Y[3:4])
 
 
+def test_types_that_torch_cannot_index_are_not_kept_on_a_device():
+    columns = Columns({"y": np.zeros(3, np.float32), "count": np.zeros(3, np.uint16)})
+    with pytest.raises(TypeError, match="array 'count' has dtype uint16"):
+        columns.keep_on(CPU)
+    assert columns.device is None
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("device", ["cuda", "auto"])
