@@ -75,13 +75,12 @@ def test_a_module_that_takes_one_step_starts_on_one_steps_rows():
     sizes = []
 
     class Counting(PyroSVIModule):
-        steps_per_batch = 4
-
         def num_rows(self, batch):
             sizes.append(len(batch))
             return len(batch)
 
     svi = Counting(normal_mean)
+    svi.steps_per_batch = 4
     quiet_trainer(max_epochs=0).fit(svi, datamodule=ArrayDataModule(Y / N, B))
     assert set(sizes) == {B}
 
