@@ -162,7 +162,7 @@ class CompiledLoss:
                 f"batches have come in {_MOST_KEPT} shapes, with other Python state{names}. Make "
                 "what changes a tensor, such as a buffer, which compiled code reads at each step"
             )
-        guards = find_guards([module.model, module.guide, module.elbo], module._hides)
+        guards = find_guards([module.model, module.guide, module.elbo], module._hides())
         self._entries.append(_Entry(inputs.key, guards))
         return self._entries[-1]
 

@@ -4,15 +4,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_models import CASES, N, B, regression, regression_batch
+from compiled_models import N, regression_batch
 from compiled_support import AS_TRACED, assert_equal_steps, is_compiled
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
-from support import no_validation, quiet_trainer
 from torch import nn
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
-from pyro_lightning.compiled import _MOST, _MOST_KEPT, _PATIENCE
+from pyro_lightning import PyroSVIModule
+from pyro_lightning.compiled import _PATIENCE
 
 GLOBAL_WEIGHT = 1.0
 SETTINGS = {"weight": 1.0}
