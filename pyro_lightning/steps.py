@@ -74,7 +74,6 @@ class ManySteps(Figures):
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
-        fused.begin()
         try:
             with torch.no_grad():
                 for number in numbers:
