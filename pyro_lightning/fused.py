@@ -76,7 +76,7 @@ class FusedStep:
         inputs: StepInputs,
         options: Mapping[str, Any],
     ) -> None:
-        self._program, self._optimizer = program, optimizer
+        self._program, self._optimizer, self._options = program, optimizer, options
         self._kind, self.structure = _kind(optimizer), inputs.flat.structure
         self._split_parameters()
         self._scalars: dict[Any, torch.Tensor] = {}
@@ -121,7 +121,7 @@ class FusedStep:
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        return [each.group for each in (*self._dense, *self._rows)]
+        return [each.group for each in self._dense] + [each.group for each in self._rows]
 
     def fits(self) -> bool:
         """Whether the optimizer has the groups that it had, but for numbers of theirs."""
@@ -260,7 +260,8 @@ class FusedStep:
         for each in self._rows:
             for held in self._held(each):
                 held.index_copy_(each.table.dim, rows, next(new))  # type: ignore[arg-type]
-        return loss  # type: ignore[no-any-return]
+        # CUDA graphs write the next step's loss to the same place.
+        return loss.clone() if self._options else loss  # type: ignore[no-any-return]
 
     def _check(self, graph: Callable[..., Any], example: list[torch.Tensor]) -> None:
         """Compare compiled code with its graph, at equal random numbers.

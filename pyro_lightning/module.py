@@ -12,16 +12,17 @@ from torch import nn
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
+from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
-from pyro_lightning.life_cycle import STATE_N
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
+from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
-from pyro_lightning.steps import ManySteps, StepResult
+from pyro_lightning.steps import ManySteps
 
 
 class PyroSVIModule(ManySteps):
@@ -62,6 +63,11 @@ class PyroSVIModule(ManySteps):
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows. Sizes, parameters that would not train, a likelihood that is not
             scaled, and losses that are not finite are errors in any case.
+        compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
+            what cannot be compiled is an error and not a warning; or a dict of ``torch.compile``'s
+            options. See :class:`pyro_lightning.compiled.CompiledLoss`.
+        steps_per_batch: K, how many optimizer steps each batch of the loader, of K * B rows, is cut
+            for; :class:`ArrayDataModule` cuts such batches by itself.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -184,9 +190,6 @@ class PyroSVIModule(ManySteps):
         )
         return estimate.loss, self._whole
 
-    _whole: bool = True
-    _shown: torch.Tensor | None = None
-
     # -- steps ---------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -199,61 +202,21 @@ class PyroSVIModule(ManySteps):
             results = self._take_steps(batch)
             self._mark_rows(batch)
             return self._log_steps(results)
-        loss, whole = self._logged("train", batch)
+        loss, whole = self._estimate(batch)
+        self._log_step(StepResult(loss, self.num_rows(data_of(batch)), whole))
         self._mark_rows(batch)
         return loss * self.batch_weight(batch) if whole else loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the step's loss per observation on the progress bar, from the first step on."""
-        # Logged in the step, it would take the name of the epoch's figure; from here it is another
-        # record, of which the loggers know nothing.
-        if self._shown is not None:  # a training_step of the user's own may not set it
-            name = "train_loss_per_obs"
-            self.log(name, self._shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
 
         Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
         """
-        self._logged("val", batch, held_out=True)
+        self._log_evaluation("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._logged("test", batch, held_out=True)
-
-    def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
-        """Log a batch's loss; tells with it whether it is the whole training set's."""
-        loss, whole = self._estimate(batch, held_out)
-        size, rows = self._known_size(), self.num_rows(data_of(batch))
-        per_obs = loss.detach() / (size if whole else rows)
-        log = partial(self.log, batch_size=rows, sync_dist=True)
-        log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
-        training = stage == "train"
-        log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=not training)
-        if training:
-            name = "train_loss_per_obs_step"
-            self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
-            self._shown = per_obs
-        return loss, whole
-
-    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
-        """Log what each of several steps would have logged; returns their mean loss."""
-        size, first = self._known_size(), self.trainer.global_step - len(results)
-        per_obs = torch.stack([r.loss / (size if r.whole else r.rows) for r in results])
-        rows = torch.tensor([float(r.rows) for r in results], device=per_obs.device)
-        mean = (per_obs * rows).sum() / rows.sum()
-        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
-        log("train_loss", mean * size, batch_size=int(rows.sum()))
-        log("train_loss_per_obs", mean, batch_size=int(rows.sum()))
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        for number, value in enumerate(per_obs.tolist(), first):
-            if (number + 1) % every == 0:
-                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(metrics, step=number)
-        self._shown = per_obs[-1]
-        return mean * size
+        self._log_evaluation("test", batch)
 
     # -- results -------------------------------------------------------------------------------
 

@@ -116,9 +116,7 @@ def test_other_optimizers_are_not_served(make):
     assert not is_served(make([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
 
 
-@pytest.mark.parametrize(
-    "register", ["register_step_pre_hook", "register_step_post_hook"]
-)
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
 def test_an_optimizer_with_hooks_is_not_served(register):
     optimizer = Adam([torch.nn.Parameter(torch.zeros(2))])
     getattr(optimizer, register)(lambda *arguments: None)
@@ -134,5 +132,7 @@ def test_what_a_scheduler_changes_is_a_number_and_needs_no_other_graph(name):
     optimizer.step()
     scheduler.step()
     assert kind_of(optimizer, group) == kind
-    changed = [one != other for one, other in zip(numbers, numbers_of(optimizer, group), strict=True)]
+    changed = [
+        one != other for one, other in zip(numbers, numbers_of(optimizer, group), strict=True)
+    ]
     assert sum(changed) == 2  # the learning rate, and momentum or the first beta
