@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
@@ -152,15 +153,19 @@ class ManySteps(Figures):
             if config.interval != interval or (index + 1) % config.frequency:
                 continue
             value = None
-            if config.reduce_on_plateau:
+            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
+            if self._watched.get("reduce_on_plateau", plateau):
                 if interval == "step":
                     continue
-                value = self.trainer.callback_metrics.get(str(config.monitor))
-                if value is None:
+                monitor = self._watched.get("monitor")
+                value = self.trainer.callback_metrics.get(str(monitor))
+                if value is None and self._watched.get("strict", True):
                     raise ValueError(
-                        f"ReduceLROnPlateau watches '{config.monitor}', which is not logged. "
+                        f"ReduceLROnPlateau watches '{monitor}', which is not logged. "
                         f"Logged are: {', '.join(sorted(self.trainer.callback_metrics))}"
                     )
+                if value is None:
+                    continue
             self.lr_scheduler_step(config.scheduler, value)
 
     def on_train_epoch_end(self) -> None:
