@@ -156,7 +156,9 @@ class LifeCycle(Runs):
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._identities = known or getattr(datamodule, "identities", None)
         if batch is not None:
-            self._initialise(batch)
+            # A step makes its tensors in the precision of the Trainer, and so does this run.
+            with self.trainer.precision_plugin.tensor_init_context():
+                self._initialise(batch)
         if training:
             self._number_rows(source)
 
