@@ -192,6 +192,7 @@ class CompiledLoss:
                 "what changes a tensor, such as a buffer, which compiled code reads at each step"
             )
         guards = find_guards([module.model, module.guide, module.elbo], module._hides())
+        guards += module._counters()
         self._entries.append(_Entry(inputs.key, guards))
         return self._entries[-1]
 
