@@ -22,6 +22,7 @@ examples: .venv/test
 	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
+	$(BIN)/python -m benchmarks.speed --smoke --output .venv/examples
 
 # torch first and alone, and without a GPU the CPU build where the index has one: it is a tenth of
 # the size of the other.

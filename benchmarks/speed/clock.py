@@ -1,0 +1,82 @@
+"""Times a method that runs on and on, in chunks, so that methods can take turns."""
+
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+
+class Stopped(BaseException):
+    """No more chunks are wanted; no method may take it for an error of its own."""
+
+
+class Ready(NamedTuple):
+    """A method is warm: seconds from its start to the end of its first step, and to here."""
+
+    first_step: float
+    warm: float
+
+
+class Chunk(NamedTuple):
+    """What a method did in its turn; ``cpu`` is the time of all threads of its process."""
+
+    seconds: float
+    cpu: float
+    steps: int
+
+    @property
+    def microseconds(self) -> float:
+        return 1e6 * self.seconds / self.steps
+
+
+class Clock:
+    """Handed to a method, which calls ``tick`` after each step, or each few, until that raises.
+
+    A tick costs well under a microsecond. When a chunk's time is over, the clock waits until the
+    device has done all that it was given, reads the time, sends a ``Chunk`` and waits for its next
+    turn; a waiting process takes no processor. Everything that happens from tick to tick counts:
+    drawing batches, the end of an epoch and the permutation of the next, logging, progress bar.
+
+    Args:
+        pipe: Where chunks go, and where turns, in seconds, come from.
+        warmup: Seconds that pass before the first turn.
+        warmup_steps: Steps that are taken before the first turn.
+    """
+
+    def __init__(self, pipe: Connection, warmup: float, warmup_steps: int) -> None:
+        self.pipe, self.warmup, self.warmup_steps = pipe, warmup, warmup_steps
+        self.sync: Callable[[], object] = lambda: None
+        self._first: float | None = None
+        self._warm = False
+        self._until = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Count the first step's seconds from here: data are loaded, nothing is built."""
+        self._began = time.perf_counter()
+
+    def tick(self, steps: int) -> None:
+        """Note that so many steps have been taken since the start."""
+        if steps and time.perf_counter() >= self._until:
+            self._pause(steps)
+
+    def _pause(self, steps: int) -> None:
+        self.sync()
+        now, cpu = time.perf_counter(), time.process_time()
+        if self._first is None:
+            self._first = now - self._began
+            self._until = now + self.warmup
+            return
+        if self._warm:
+            seconds, used = now - self._turn, cpu - self._cpu
+            self.pipe.send(Chunk(seconds, used, steps - self._steps))
+        elif steps < self.warmup_steps:
+            return
+        else:
+            self._warm = True
+            self.pipe.send(Ready(self._first, now - self._began))
+        budget = self.pipe.recv()
+        if budget is None:
+            raise Stopped
+        self._turn, self._cpu, self._steps = time.perf_counter(), time.process_time(), steps
+        self._until = self._turn + budget
