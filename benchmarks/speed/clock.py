@@ -1,9 +1,9 @@
 """Times a method that runs on and on, in chunks, so that methods can take turns."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Stopped(BaseException):
@@ -29,6 +29,10 @@ class Chunk(NamedTuple):
         return 1e6 * self.seconds / self.steps
 
 
+def _nothing() -> None:
+    return None
+
+
 class Clock:
     """Handed to a method, which calls ``tick`` after each step, or each few, until that raises.
 
@@ -36,6 +40,9 @@ class Clock:
     device has done all that it was given, reads the time, sends a ``Chunk`` and waits for its next
     turn; a waiting process takes no processor. Everything that happens from tick to tick counts:
     drawing batches, the end of an epoch and the permutation of the next, logging, progress bar.
+
+    A method sets ``sync``, which waits for the device, and ``medians``, which returns those of the
+    latents under its guide, where it has them.
 
     Args:
         pipe: Where chunks go, and where turns, in seconds, come from.
@@ -45,7 +52,8 @@ class Clock:
 
     def __init__(self, pipe: Connection, warmup: float, warmup_steps: int) -> None:
         self.pipe, self.warmup, self.warmup_steps = pipe, warmup, warmup_steps
-        self.sync: Callable[[], object] = lambda: None
+        self.sync: Callable[[], object] = _nothing
+        self.medians: Callable[[], Mapping[str, Any]] = dict
         self._first: float | None = None
         self._warm = False
         self._until = 0.0

@@ -12,7 +12,10 @@ from benchmarks.speed.workloads.base import Arrays, Constants, Workload
 
 @dataclass(frozen=True)
 class Job:
-    """One workload's data, the same for every method, and where files may be written."""
+    """One workload's data, the same for every method, and where files may be written.
+
+    ``decay`` multiplies the learning rate at each step.
+    """
 
     workload: Workload
     arrays: Arrays
@@ -20,14 +23,11 @@ class Job:
     batch_size: int
     folder: Path
     device: str = "cpu"
+    decay: float = 1.0
 
     @property
     def rows(self) -> int:
         return len(self.arrays[0])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.rows // self.batch_size)
 
 
 def save(key: str, rows: int, path: Path) -> None:

@@ -48,7 +48,7 @@ def show(console: Console, about: dict[str, Any], results: Iterable[Result]) -> 
     for key, found in by_workload(listed).items():
         base = baseline(found)
         fed = next((r for r in found if r.method == "numpyro" and r.measured), None)
-        columns = ["us a step", "quartiles", "times as fast", "as NumPyro", "cores", "1st step, s"]
+        columns = ["us a step", "quartiles", "cpu us", "times as fast", "as NumPyro", "1st, s"]
         table = Table("method", title=f"{key}: {WORKLOADS[key].title}")
         for column in columns:
             table.add_column(column, justify="right")
@@ -61,14 +61,17 @@ def show(console: Console, about: dict[str, Any], results: Iterable[Result]) -> 
                 result.title,
                 number(result.microseconds),
                 f"{number(low)} - {number(high)}",
+                number(result.processor),
                 _ratio(result, base),
                 _ratio(result, fed),
-                number(result.cores),
                 number(result.first_step),
             )
         console.print(table)
         if base is not None:
-            console.print(f"times as fast: as '{base.title}'; as NumPyro: as its jit(svi.update)")
+            console.print(
+                f"times as fast: as '{base.title}'; as NumPyro: as its jit(svi.update); cpu us: "
+                "processor time of all threads a step; 1st, s: to the first step, compiled anew"
+            )
     for title, reason in {r.title: r.missing for r in listed if r.missing is not None}.items():
         console.print(f"left out: {title}: {reason}", markup=False)
     for result in listed:

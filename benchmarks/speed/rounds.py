@@ -3,12 +3,13 @@
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.speed import job as jobs
-from benchmarks.speed.clock import Chunk
+from benchmarks.speed.clock import Chunk, Clock
 from benchmarks.speed.methods import Method
 from benchmarks.speed.workers import Failed, Worker
 from benchmarks.speed.workloads import WORKLOADS
@@ -36,9 +37,9 @@ class Result:
         return median(chunk.microseconds for chunk in self.chunks)
 
     @property
-    def cores(self) -> float:
-        """Processor time of all threads by wall time: 1 is one core."""
-        return sum(chunk.cpu for chunk in self.chunks) / sum(c.seconds for c in self.chunks)
+    def processor(self) -> float:
+        """The same in processor time of all threads: other programs count less in it."""
+        return median(1e6 * chunk.cpu / chunk.steps for chunk in self.chunks)
 
     def times_faster(self, than: "Result") -> float:
         """Median over rounds of the ratio of both within one round."""
@@ -76,10 +77,10 @@ def measure(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -
                     continue
                 # A smaller last batch, or group of batches, may be compiled of its own.
                 whole = batch_size * method.options.get("steps_per_batch", 1)
+                steps = rows // batch_size + 2 if rows % whole else 2
                 options = {
                     "threads": settings.threads,
-                    "warmup": settings.warmup,
-                    "warmup_steps": rows // batch_size + 2 if rows % whole else 2,
+                    "clock": partial(Clock, warmup=settings.warmup, warmup_steps=steps),
                     "batch_size": batch_size,
                     "folder": Path(name) / method.key,
                     "device": settings.device,
@@ -88,7 +89,7 @@ def measure(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -
                 worker = Worker(ctx, method, key, data, options)
                 workers.append(worker)
                 try:
-                    result.first_step = worker.ready().first_step
+                    result.first_step = worker.receive().first_step
                 except Failed as error:
                     result.failure = str(error)
                     workers.remove(worker)

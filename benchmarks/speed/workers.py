@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import job as jobs
-from benchmarks.speed.clock import Chunk, Clock, Ready, Stopped
+from benchmarks.speed.clock import Stopped
 from benchmarks.speed.methods import Method
 
 PRELOADED = ["numpy", "torch", "pyro", "lightning.pytorch", "rich", "pyro_lightning"]
@@ -46,7 +46,7 @@ def _work(
 
         torch.manual_seed(0)
         torch.set_num_threads(options.pop("threads"))
-        clock = Clock(pipe, options.pop("warmup"), options.pop("warmup_steps"))
+        clock = options.pop("clock")(pipe)
         run = method.load()
         job = jobs.load(key, data, **options)
         clock.start()
@@ -91,7 +91,8 @@ class Worker:
         except OSError:
             pass  # the terminal is closed: the worker has ended
 
-    def _receive(self) -> Any:
+    def receive(self) -> Any:
+        """Wait for what its clock sends next; raise where it sent an error, or died."""
         try:
             found = self.pipe.recv()
         except EOFError:
@@ -101,14 +102,10 @@ class Worker:
             raise Failed(f"{self.method.key}:\n{found}")
         return found
 
-    def ready(self) -> Ready:
-        """Wait until the method is warm."""
-        return self._receive()
-
-    def turn(self, seconds: float) -> Chunk:
+    def turn(self, seconds: float) -> Any:
         """Let it run for so long."""
         self.pipe.send(seconds)
-        return self._receive()
+        return self.receive()
 
     def stop(self) -> None:
         try:

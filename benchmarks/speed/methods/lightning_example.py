@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.speed.clock import Clock
 from benchmarks.speed.job import Job
 from benchmarks.speed.methods.pyro_parts import adam_options, autoguide_of
-from benchmarks.speed.methods.trainer import Timed, fit
+from benchmarks.speed.methods.trainer import Timed, fit, scheduler_of
 
 
 class FedPlate(PyroModule):
@@ -51,9 +51,9 @@ class Guide(FedPlate):
 
 
 class ELBOTraining(Timed, LightningModule):
-    def __init__(self, loss_fn, options):
+    def __init__(self, loss_fn, options, scheduler):
         super().__init__()
-        self.loss_fn, self.options = loss_fn, options
+        self.loss_fn, self.options, self.scheduler = loss_fn, options, scheduler
 
     def training_step(self, batch, batch_idx):
         loss = self.loss_fn(*batch)
@@ -61,7 +61,10 @@ class ELBOTraining(Timed, LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.loss_fn.parameters(), **self.options)
+        optimizer = torch.optim.Adam(self.loss_fn.parameters(), **self.options)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
 
 def run(job: Job, clock: Clock) -> None:
@@ -80,4 +83,6 @@ def run(job: Job, clock: Clock) -> None:
     dataset = TensorDataset(*columns)
     loss_fn(*dataset[: job.batch_size])
     loader = DataLoader(dataset, batch_size=job.batch_size)
-    fit(job, clock, ELBOTraining(loss_fn, adam_options(job)), train_dataloaders=loader)
+    clock.medians = getattr(guide, "median", dict)
+    module = ELBOTraining(loss_fn, adam_options(job), scheduler_of(job))
+    fit(job, clock, module, train_dataloaders=loader)

@@ -25,8 +25,8 @@ class Steps:
             guide = getattr(autoguide, work.guide)(self.model, **options)
         else:
             guide = self.guide
-        optimizer = numpyro.optim.Adam(work.lr, *work.betas)
-        self.svi = SVI(self.model, guide, optimizer, Trace_ELBO())
+        rate = work.lr if job.decay == 1 else lambda step: work.lr * job.decay**step
+        self.svi = SVI(self.model, guide, numpyro.optim.Adam(rate, *work.betas), Trace_ELBO())
 
     def plate(self, rows, *columns):
         # The plate is given its rows: drawing them would cost O(N) a step.
@@ -49,6 +49,9 @@ class Steps:
         rows = jnp.arange(self.job.batch_size)  # a plate takes no NumPy array
         return self.svi.init(random.key(0), *self.batch(self.job.arrays, rows))
 
+    def medians(self, state):
+        return self.svi.guide.median(self.svi.get_params(state))
+
     @property
     def whole_batches(self):
         """Full batches of an epoch; a smaller last one, a shape of its own, is left out."""
@@ -62,6 +65,7 @@ def update(job: Job, clock: Clock) -> None:
     # Donated, so that updates are in place: without it W4 would copy N parameters.
     step = jax.jit(steps.svi.update, donate_argnums=0)
     clock.sync = lambda: jax.block_until_ready(state)
+    clock.medians = lambda: steps.medians(state)
     rng, count, size = np.random.default_rng(0), 0, job.batch_size
     while True:
         order = rng.permutation(np.arange(job.rows, dtype=np.int32))
@@ -89,6 +93,7 @@ def scan(job: Job, clock: Clock, host_order: bool = False) -> None:
 
     step = jax.jit(epoch if host_order else shuffled_epoch, donate_argnums=0)
     clock.sync = lambda: jax.block_until_ready(state)
+    clock.medians = lambda: steps.medians(state)
     rng, key, count = np.random.default_rng(0), random.key(1), 0
     while True:
         if host_order:

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from benchmarks.speed.clock import Clock
 from benchmarks.speed.job import Job
 from benchmarks.speed.methods.pyro_parts import adam_options
-from benchmarks.speed.methods.trainer import Timed, fit
+from benchmarks.speed.methods.trainer import Timed, fit, scheduler_of
 from pyro_lightning import ArrayDataModule, PyroSVIModule
 
 
@@ -49,5 +49,6 @@ def run(job: Job, clock: Clock, **options: Any) -> None:
         if job.workload.init_to_mean:
             guide = partial(guide, init_loc_fn=autoguide.init_to_mean)
     optimizer = partial(torch.optim.Adam, **adam_options(job))
-    svi = TimedSVI(Model(parts), guide, optimizer=optimizer, **options)
+    svi = TimedSVI(Model(parts), guide, None, optimizer, scheduler_of(job), **options)
+    clock.medians = lambda: svi.guide.median()
     fit(job, clock, svi, datamodule=ArrayDataModule(job.arrays, job.batch_size))

@@ -39,11 +39,18 @@ def run(job: Job, clock: Clock) -> None:
     model = Model(job, parts, data)
     guide = autoguide_of(job, model) if job.workload.guide else Guide(job, parts, data)
     # The global store and one optimizer a parameter: what Pyro's tutorials show.
-    svi = SVI(model, guide, pyro.optim.Adam(adam_options(job)), Trace_ELBO())
+    optimizer = pyro.optim.Adam(adam_options(job))
+    if job.decay != 1:
+        options = {"optimizer": torch.optim.Adam, "optim_args": adam_options(job)}
+        optimizer = pyro.optim.ExponentialLR({**options, "gamma": job.decay})
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    clock.medians = getattr(guide, "median", dict)
     if job.device != "cpu":
         clock.sync = torch.cuda.synchronize
     steps = 0
     while True:
         svi.step()
+        if job.decay != 1:
+            optimizer.step()
         steps += 1
         clock.tick(steps)

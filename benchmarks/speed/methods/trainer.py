@@ -1,6 +1,7 @@
 """The Trainer that every Lightning method runs under, and the clock's place in it."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ class Timed:
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         self.clock.tick(self.trainer.global_step)
         return super().on_train_batch_start(batch, batch_idx)
+
+
+def scheduler_of(job: Job) -> Callable[[torch.optim.Optimizer], dict[str, Any]] | None:
+    """What makes Lightning's dictionary of a learning rate that decays step by step, if it does."""
+    if job.decay == 1:
+        return None
+    return lambda optimizer: {
+        "scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, job.decay),
+        "interval": "step",
+    }
 
 
 def fit(job: Job, clock: Clock, module: LightningModule, **data: Any) -> None:
