@@ -1,5 +1,6 @@
 """Results as a figure: a panel of each workload, a dot of each method."""
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def draw(path: Path, about: dict[str, Any], results: Iterable[Result]) -> None:
     figure, axes = plt.subplots(
         1,
         len(found),
-        figsize=(3 + 2.1 * len(found), 0.8 + 0.3 * len(titles)),
+        figsize=(3 + 2.1 * len(found), 1.1 + 0.3 * len(titles)),
         sharey=True,
         squeeze=False,
     )
@@ -37,10 +38,10 @@ def draw(path: Path, about: dict[str, Any], results: Iterable[Result]) -> None:
             axis.plot(result.microseconds, at, "o", color=colour, ms=5)
         work = WORKLOADS[key]
         axis.set(xscale="log", xlabel="us a step")
-        axis.set_title(f"{key}: {work.title}", fontsize=8, wrap=True)
+        axis.set_title(textwrap.fill(f"{key}: {work.title}", 26), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
-        axis.set_yticks(range(len(titles)), [title for _, title in titles])
+        axis.set_yticks(range(len(titles)), [title for _, title in titles], fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
