@@ -36,3 +36,11 @@ def transferred(module: LightningModule, batch: Any, device: torch.device) -> An
     batch = module.trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch)
     return module._apply_batch_transfer_handler(batch, device=device)
+
+
+def count_optimizer_steps(trainer: Trainer, steps: int) -> None:
+    """Count optimizer steps that did not go through Lightning's optimizer, for ``global_step``."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    for tracker in (progress.total, progress.current):
+        tracker.ready += steps
+        tracker.completed += steps

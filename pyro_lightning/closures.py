@@ -15,7 +15,7 @@ from torch import nn
 # What these packages hold of a user's stands in closures and handlers, not in their own globals.
 _LIBRARIES = {"builtins", "torch", "pyro", "lightning", "pyro_lightning", "numpy"}
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor)
-_LONGEST = 1000  # a longer list or dict holds data, not networks
+LONGEST = 1000  # a longer list or dict holds data, not networks
 _OWNED = {"_parameters", "_buffers", "_modules"}
 
 
@@ -77,27 +77,26 @@ def _inside(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, property | cached_property):
         return [(name, value.fget if isinstance(value, property) else value.func)]
     if isinstance(value, dict | list | tuple | set | frozenset):
-        if len(value) > _LONGEST:
+        if len(value) > LONGEST:
             return []
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [(f"{name}_{key}" if name else str(key), item) for key, item in items]
     if isinstance(value, type):
-        return [] if _of_library(value) else list(vars(value).items())
+        return [] if is_of_library(value) else list(vars(value).items())
     if isinstance(value, nn.Module):
         return [held for part in value.modules() for held in _held(name, part)]
-    if isinstance(value, Messenger) or not _of_library(type(value)):
+    if isinstance(value, Messenger) or not is_of_library(type(value)):
         return _held(name, value)
     return []
 
 
 def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     code = function.__code__
-    closure = zip(code.co_freevars, function.__closure__ or (), strict=True)
     scopes = {
-        "LOAD_DEREF": {name: cell.cell_contents for name, cell in closure if _is_bound(cell)},
-        "LOAD_GLOBAL": {} if _of_library(function) else function.__globals__,
+        "LOAD_DEREF": {name: cell.cell_contents for name, cell in bound_cells(function)},
+        "LOAD_GLOBAL": {} if is_of_library(function) else function.__globals__,
     }
-    for operation, names in _loads(code):
+    for operation, names in loads(code):
         name, value = names[0], scopes[operation].get(names[0])
         for attribute in names[1:]:
             if isinstance(value, ModuleType):
@@ -110,7 +109,7 @@ def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield from vars(function).items()
 
 
-def _loads(code: CodeType) -> Iterator[tuple[str, list[str]]]:
+def loads(code: CodeType) -> Iterator[tuple[str, list[str]]]:
     """List the variables that a function loads from outside, each with the attributes taken of it.
 
     The functions inside of it are included. The names alone, without the instructions, would not
@@ -130,7 +129,14 @@ def _loads(code: CodeType) -> Iterator[tuple[str, list[str]]]:
     yield from found
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _loads(constant)
+            yield from loads(constant)
+
+
+def bound_cells(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """List the variables that a function closes over, with their cells."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if _is_bound(cell):
+            yield name, cell
 
 
 def _is_bound(cell: Any) -> bool:
@@ -156,9 +162,9 @@ def _positional(function: Any, count: int) -> Iterable[str]:
     return [f"argument_{number}" for number in range(count)]
 
 
-def _of_library(value: Any) -> bool:
-    return _is_library(value.__module__ or "")
+def is_of_library(value: Any) -> bool:
+    return is_library(value.__module__ or "")
 
 
-def _is_library(module: str) -> bool:
+def is_library(module: str) -> bool:
     return module.partition(".")[0] in _LIBRARIES

@@ -88,20 +88,8 @@ def estimate_elbo(
     ``TraceGraph_ELBO`` from step to step; without it they start anew, which leaves the gradient
     unbiased.
     """
-    in_model, in_guide = handler(), handler()
-    sizes = [*in_model.plates.values(), *in_model.scale_sites.values()]
-    scale = scale_of_whole(elbo, sizes, in_model.batch_size)
     with explained((args, kwargs), handler, model, guide):
-        loss = differentiable_loss(
-            elbo,
-            in_model(model),
-            in_guide(guide),
-            args,
-            kwargs,
-            scale=scale,
-            baselines=baselines,
-        )
-    refuse_unscalable(elbo, in_model.sites, in_guide.sites, in_model.plates, scale)
+        loss, in_model, in_guide = run_elbo(elbo, model, guide, args, kwargs, handler, baselines)
     if not torch.isfinite(loss):
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"
@@ -110,6 +98,30 @@ def estimate_elbo(
     if (in_model.plates or in_model.scale_sites) and not in_model.scaled_observations:
         _refuse_unscaled(in_model)
     return Estimate(loss, in_model.sites, in_guide.sites)
+
+
+def run_elbo(
+    elbo: ELBO | EnergyDistance,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    handler: Callable[[], DataPlateMessenger],
+    baselines: DecayingBaselines | None = None,
+) -> tuple[torch.Tensor, DataPlateMessenger, DataPlateMessenger]:
+    """Compute the loss of :func:`estimate_elbo`, without a look at its value.
+
+    Returns:
+        The loss, and the handlers under which model and guide ran.
+    """
+    in_model, in_guide = handler(), handler()
+    sizes = [*in_model.plates.values(), *in_model.scale_sites.values()]
+    scale = scale_of_whole(elbo, sizes, in_model.batch_size)
+    loss = differentiable_loss(
+        elbo, in_model(model), in_guide(guide), args, kwargs, scale=scale, baselines=baselines
+    )
+    refuse_unscalable(elbo, in_model.sites, in_guide.sites, in_model.plates, scale)
+    return loss, in_model, in_guide
 
 
 def _refuse_unscaled(handler: DataPlateMessenger) -> None:

@@ -36,8 +36,21 @@ def gather_rows(table: torch.Tensor, rows: torch.Tensor, dim: int = 0) -> torch.
         >>> table.grad.is_sparse, table.grad.coalesce().indices()
         (True, tensor([[3, 7]]))
     """
+    if is_taken(table):
+        return table
     taken: torch.Tensor = _GatherRows.apply(table, rows, dim)  # type: ignore[no-untyped-call]
     return taken
+
+
+def mark_taken(rows: torch.Tensor) -> torch.Tensor:
+    """Mark a tensor as rows that were taken of a table already, which stand in its place."""
+    rows._pyro_lightning_taken = True  # type: ignore[attr-defined]
+    return rows
+
+
+def is_taken(table: torch.Tensor) -> bool:
+    """Whether a tensor is rows of a table already."""
+    return getattr(table, "_pyro_lightning_taken", False)
 
 
 def missing_rows(holder: str, plate: str) -> str:

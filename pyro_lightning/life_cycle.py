@@ -19,7 +19,7 @@ from pyro_lightning.batches import (
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites
-from pyro_lightning.elbo import Estimate, estimate_elbo
+from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
 from pyro_lightning.first_run import (
     globals_of_data,
     params_of_shorter,
@@ -37,7 +37,7 @@ from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth, check_param_rows
 from pyro_lightning.rows import data_of, row_source
-from pyro_lightning.sizes import dataset_size_of, mean_batch_size
+from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
 
@@ -55,6 +55,8 @@ class LifeCycle(RowHooks, ModelOwner):
     _given_size: int | None
     _dataset_size: int | None
     _checks: bool
+    steps_per_batch: int = 1
+    _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
@@ -116,6 +118,21 @@ class LifeCycle(RowHooks, ModelOwner):
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
             return estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+
+    def _bare_loss(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
+        """Compute the loss from a batch's arguments alone, for a trace of it."""
+        with self._isolated() as handled, self._taken_rows(batch_size):
+            model, guide = handled(self.model), handled(self.guide)
+            handler = self._handler(batch_size)
+            return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
+
+    _names_of_library: frozenset[str] = frozenset()
+
+    def _hides(self, holder: Any, name: str) -> bool:
+        """Whether an attribute is no state of the user's, but this class's own."""
+        if holder is not self:
+            return False
+        return name in self._names_of_library or (name.startswith("_") and hasattr(LifeCycle, name))
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -217,9 +234,12 @@ class LifeCycle(RowHooks, ModelOwner):
         if self._followed is not None:
             self._dataset_size = self._resolve_size(loader)
         self._followed = id(loader), count, mean
+        rows = self.num_rows(data_of(batch))
+        if self.steps_per_batch > 1:
+            self._rows_per_step, mean = cut_sizes(loader, count, rows, self.steps_per_batch)
         # Of a stream of unknown length the first batch is taken for the usual size, so that a
         # smaller one weighs less; the constant factor that is left moves no optimum.
-        self._mean_batch_size = float(self.num_rows(data_of(batch))) if mean is None else mean
+        self._mean_batch_size = float(self._rows_per_step or rows) if mean is None else mean
 
     def _resolve_size(self, loader: Any) -> int:
         if self._given_size is not None:

@@ -11,19 +11,20 @@ from torch import nn
 
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
-from pyro_lightning.elbo import Estimate
+from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
-from pyro_lightning.life_cycle import STATE_N, LifeCycle
+from pyro_lightning.life_cycle import STATE_N
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
+from pyro_lightning.steps import ManySteps, StepResult
 
 
-class PyroSVIModule(LifeCycle):
+class PyroSVIModule(ManySteps):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -93,7 +94,10 @@ class PyroSVIModule(LifeCycle):
         scale_sites: Sequence[str] = (),
         dataset_size: int | None = None,
         checks: bool = True,
+        compile: bool | str | Mapping[str, Any] = False,
+        steps_per_batch: int = 1,
     ) -> None:
+        before = set(vars(self))
         super().__init__()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
@@ -115,7 +119,14 @@ class PyroSVIModule(LifeCycle):
         self._prototype: Any = None
         self._initialised = False
         self._checks = checks
+        self._compiled = read_compile(compile)
+        if steps_per_batch < 1:
+            raise ValueError(f"steps_per_batch must be at least 1, got {steps_per_batch}")
+        self.steps_per_batch = steps_per_batch
+        # Lightning takes one step for each batch of the loader where optimization is automatic.
+        self.automatic_optimization = steps_per_batch == 1
         self._own(model, guide, default_guide=AutoNormal)
+        self._names_of_library = frozenset(vars(self)).difference(before)
 
     # -- loss ----------------------------------------------------------------------------------
 
@@ -148,9 +159,10 @@ class PyroSVIModule(LifeCycle):
             ValueError: When the batch is empty or larger than N, when nothing would be scaled, or
                 when the loss is not finite.
         """
-        return self._estimate(batch).loss
+        return self._estimate(batch)[0]
 
-    def _estimate(self, batch: Any, held_out: bool = False) -> Estimate:
+    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
+        """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))
         if not self._initialised:
             self._initialise(batch)
@@ -160,15 +172,32 @@ class PyroSVIModule(LifeCycle):
                 f"this batch holds B = {rows} rows but the training set N = {size}: N is wrong. "
                 f"State it: {STATE_N}."
             )
-        return self._run(batch, held_out)
+        if self._compiled is not None and torch.is_grad_enabled() and not held_out:
+            loss = self._compiled.loss(self, batch)
+            if loss is not None and torch.isfinite(loss):
+                return loss, self._whole
+        estimate = self._run(batch, held_out)
+        # Without data plate a model either scales itself, or its loss is its batch's alone.
+        self._whole = bool(self._data_plates or self._scale_sites) or any(
+            _is_scaled(site) for site in observed(estimate.model_sites)
+        )
+        return estimate.loss, self._whole
 
+    _whole: bool = True
     _shown: torch.Tensor | None = None
 
     # -- steps ---------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Return the loss of a batch times its :meth:`batch_weight`, and log it."""
+        """Return the loss of a batch times its :meth:`batch_weight`, and log it.
+
+        With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
+        """
         self._follow_loader(batch)
+        if self.steps_per_batch > 1:
+            results = self._take_steps(batch)
+            self._mark_rows(batch)
+            return self._log_steps(results)
         loss, whole = self._logged("train", batch)
         self._mark_rows(batch)
         return loss * self.batch_weight(batch) if whole else loss
@@ -194,13 +223,9 @@ class PyroSVIModule(LifeCycle):
 
     def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Log a batch's loss; tells with it whether it is the whole training set's."""
-        estimate = self._estimate(batch, held_out)
+        loss, whole = self._estimate(batch, held_out)
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        # Without data plate a model either scales itself, or its loss is its batch's alone.
-        whole = bool(self._data_plates or self._scale_sites) or any(
-            _is_scaled(site) for site in observed(estimate.model_sites)
-        )
-        per_obs = estimate.loss.detach() / (size if whole else rows)
+        per_obs = loss.detach() / (size if whole else rows)
         log = partial(self.log, batch_size=rows, sync_dist=True)
         log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
         training = stage == "train"
@@ -209,7 +234,25 @@ class PyroSVIModule(LifeCycle):
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
             self._shown = per_obs
-        return estimate.loss, whole
+        return loss, whole
+
+    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
+        """Log what each of several steps would have logged; returns their mean loss."""
+        size, first = self._known_size(), self.trainer.global_step - len(results)
+        per_obs = torch.stack([r.loss / (size if r.whole else r.rows) for r in results])
+        rows = torch.tensor([float(r.rows) for r in results], device=per_obs.device)
+        mean = (per_obs * rows).sum() / rows.sum()
+        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
+        log("train_loss", mean * size, batch_size=int(rows.sum()))
+        log("train_loss_per_obs", mean, batch_size=int(rows.sum()))
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        for number, value in enumerate(per_obs.tolist(), first):
+            if (number + 1) % every == 0:
+                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(metrics, step=number)
+        self._shown = per_obs[-1]
+        return mean * size
 
     # -- results -------------------------------------------------------------------------------
 

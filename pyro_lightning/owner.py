@@ -110,7 +110,7 @@ class ModelOwner(PyroModule):
 
         trained: set[int] = set()
 
-        def trains(parameter: nn.Parameter) -> bool:
+        def trains(parameter: torch.Tensor) -> bool:
             if not trained:
                 trained.update(id(mine) for mine in self.parameters())
             return id(parameter) in trained

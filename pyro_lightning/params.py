@@ -12,8 +12,9 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import constraints, transform_to
 
-from pyro_lightning.gather import gather_rows, missing_rows
+from pyro_lightning.gather import gather_rows, is_taken, missing_rows
 from pyro_lightning.handlers import is_subsample
+from pyro_lightning.tracing import Untraceable
 
 _Result = TypeVar("_Result")
 
@@ -111,7 +112,7 @@ class ParamStoreModule(nn.Module):
             yield
 
     def get(
-        self, name: str, init: Any, constraint: Any, owned: Callable[[nn.Parameter], bool]
+        self, name: str, init: Any, constraint: Any, owned: Callable[[torch.Tensor], bool]
     ) -> torch.Tensor:
         """Return the constrained value, making the parameter at its first statement.
 
@@ -124,7 +125,8 @@ class ParamStoreModule(nn.Module):
                     f"pyro.param('{name}') has no initial value at its first statement: give it "
                     "one there; parameters of other modules or of Pyro's store are not visible."
                 )
-            if isinstance(init, nn.Parameter) and owned(init):
+            # A trace has other tensors in the place of parameters.
+            if isinstance(init, torch.Tensor) and owned(init):
                 return init
             self._parameters[key] = self._make(init, constraint)
             self._constraints[name] = constraint
@@ -167,6 +169,8 @@ class ParamStoreModule(nn.Module):
             raise ValueError(missing_rows(_holder(name), plate))
         unconstrained = self._parameters[key]
         assert unconstrained is not None
+        if is_taken(unconstrained) and place.given is not None:
+            raise Untraceable(f"the model gives the plate '{plate}' its rows itself")
         taken = gather_rows(unconstrained, rows.to(unconstrained.device), dim)
         value: torch.Tensor = transform_to(self._constraints[name])(taken)
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
@@ -213,7 +217,7 @@ class LocalParamMessenger(Messenger):
     def __init__(
         self,
         store: ParamStoreModule,
-        owned: Callable[[nn.Parameter], bool],
+        owned: Callable[[torch.Tensor], bool],
         rows: Callable[[], RowsOfBatch | None] = lambda: None,
     ) -> None:
         super().__init__()

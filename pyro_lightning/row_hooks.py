@@ -143,6 +143,16 @@ class RowHooks(LightningModule):
             yield sorted(hidden) if unseen else []
 
     @contextmanager
+    def _taken_rows(self, batch_size: int) -> Iterator[None]:
+        """Let the guide run where rows of its parameters stand in the parameters' place."""
+        parts, plates = parts_of(self.guide), self._row_plates()
+        rows = torch.arange(batch_size)
+        known = RowsOfBatch(plates, rows, self._count_rows())
+        at_rows = rows if self._tables() else None
+        with self._known_rows(known), rows_of_batch(parts, plates, batch_size, at_rows):
+            yield
+
+    @contextmanager
     def _known_rows(self, known: RowsOfBatch) -> Iterator[None]:
         self._current_rows = known
         try:

@@ -1,5 +1,6 @@
 """N, and the mean batch size, read from a training loader."""
 
+import math
 import warnings
 from typing import Any
 
@@ -104,6 +105,36 @@ def mean_batch_size(loader: Any, num_batches: float) -> float | None:
         return None
     # Cut short, an epoch holds full batches only; the ragged one comes last.
     return float(min(len(rows), num_batches * size) / num_batches)
+
+
+def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[int, float | None]:
+    """Rows of a mini-batch, and their mean, where each batch of a loader is cut into several.
+
+    Args:
+        loader: The training loader, of one rank.
+        num_batches: Its batches of an epoch.
+        rows: Rows of its first batch, which count where it does not say how many it makes.
+        steps: How many mini-batches a full batch holds.
+
+    Raises:
+        ValueError: When they do not divide a full batch.
+
+    Example:
+        >>> cut_sizes(DataLoader(range(11), batch_size=4), 3, 4, 2)  # 2, 2, 2, 2, 2, 1
+        (2, 1.8333333333333333)
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    whole = getattr(sampler, "batch_size", None) or rows
+    if whole % steps:
+        raise ValueError(
+            f"steps_per_batch={steps} does not divide the {whole} rows of a batch of the loader. "
+            "Let the loader hand over K * B rows for K steps of B; ArrayDataModule does it itself."
+        )
+    mean = mean_batch_size(loader, num_batches)
+    if mean is None:
+        return whole // steps, None
+    total = round(mean * num_batches)
+    return whole // steps, total / math.ceil(total / (whole // steps))
 
 
 def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:

@@ -1,0 +1,77 @@
+"""The private names of Pyro and torch that compilation leans on, each with a test of its own."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.util import Dice
+from pyro.util import warn_if_nan
+from torch import _inductor
+from torch.distributions import Distribution
+from torch.fx import GraphModule, Node
+from torch.fx.experimental import proxy_tensor
+
+
+def answer_to_check() -> bool | None:
+    """Answer a check that asks for the value of a tensor, and that a step without errors passes.
+
+    Such are the validation of distributions made beforehand, which stays on whatever the settings
+    are later; Pyro's warnings of NaN, in the backward pass too; and its sum over enumerated sites,
+    which leaves out draws of probability 0 lest ``0 * inf`` become NaN: told that there are none,
+    it gives the same sum, or NaN. Whoever runs a graph must look for NaN.
+
+    Returns:
+        The answer; None where something else asks.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in _FILES:
+        frame = frame.f_back
+    return None if frame is None else _CHECKS.get(frame.f_code)
+
+
+_CHECKS = {
+    Dice.compute_expectation.__code__: True,
+    Distribution.__init__.__code__: True,
+    Distribution._validate_sample.__code__: True,
+    warn_if_nan.__code__: False,
+}
+_FILES = {code.co_filename for code in _CHECKS}
+
+
+def make_graph(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """Run a function of tensors once, and return the graph of the operations that it did."""
+    graph: GraphModule = proxy_tensor.make_fx(fn)(*inputs)
+    return graph
+
+
+def traced_node(tensor: torch.Tensor) -> Node | None:
+    """Return the node of the graph being made that a tensor came from; None for a constant."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None:
+        return None
+    held = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    return None if held is None else held.proxy.node
+
+
+def untraced() -> Any:
+    """Make the context in which operations are done without becoming part of the graph."""
+    return proxy_tensor.disable_proxy_modes_tracing()
+
+
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph of operations, for inputs of these shapes, strides and devices.
+
+    Without options of the user's it goes to inductor directly: ``torch.compile`` would look at
+    every input again at each call, which takes as long as a small model does.
+    """
+    if options:
+        return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
+    fallback = {"fallback_random": True, "reorder_for_peak_memory": False}
+    known = _inductor.list_options()
+    # Random numbers in eager's order, so that a seed gives the same noise.
+    chosen = {name: value for name, value in fallback.items() if name in known}
+    compiled: Callable[..., Any] = _inductor.compile(graph, list(inputs), options=chosen)
+    return compiled

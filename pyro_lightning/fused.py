@@ -1,0 +1,258 @@
+"""A whole step, loss, gradients and the optimizer's update, as one compiled call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from pyro_lightning._upstream import compile_graph, make_graph
+from pyro_lightning.program import Program, StepInputs
+from pyro_lightning.tracing import Untraceable
+from pyro_lightning.updates import is_served, state_names, update
+
+
+class _Dense(NamedTuple):
+    """Parameters of one optimizer group, which a step sees as one flat vector."""
+
+    group: dict[str, Any]
+    places: list[int]  # among what the loss is differentiated by
+    parameters: list[torch.Tensor]
+    names: list[str]
+
+
+class _Rows(NamedTuple):
+    """A table of parameters, of which a step sees the rows of its batch."""
+
+    group: dict[str, Any]
+    place: int
+    table: Any
+    names: list[str]
+
+
+class FusedStep:
+    """Takes optimizer steps on batches of one shape, each in one call of compiled code.
+
+    Between :meth:`begin` and :meth:`finish` dense parameters and the optimizer's state of them live
+    in one vector for each group, so that the update is one loop over it. A step whose loss is not
+    finite changes nothing.
+
+    Args:
+        program: The traced loss.
+        optimizer: One whose update is served, with its state made.
+        inputs: Those of a step, for shapes.
+        options: Arguments of ``torch.compile``.
+
+    Raises:
+        Untraceable: When the optimizer cannot be a part of it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        optimizer: Optimizer,
+        inputs: StepInputs,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._program, self._optimizer = program, optimizer
+        self._split_parameters()
+        self._weights: dict[tuple[float, Any], torch.Tensor] = {}
+        self._begun: list[list[torch.Tensor]] = []
+        self.begin()
+        example = self._arguments(inputs.rows, inputs.flat.tensors, 1.0)
+        with torch.random.fork_rng():  # a trace draws random numbers as it runs
+            graph = make_graph(self._step, _copies(example))
+        self._run: Callable[..., Any] = compile_graph(graph, _copies(example), options)
+        self._check(graph, example)
+
+    # -- what goes in ----------------------------------------------------------------------------
+    def _split_parameters(self) -> None:
+        program, optimizer = self._program, self._optimizer
+        if not is_served(optimizer):
+            raise Untraceable(f"{type(optimizer).__name__} has no form within a graph")
+        free = program.parameters
+        used = dict(zip(map(id, free), program.traced.used, strict=True))
+        places = {id(p): place for place, p in enumerate(free)}
+        tables = {id(table.parameter): table for table in program.tables}
+        self._dense: list[_Dense] = []
+        self._rows: list[_Rows] = []
+        for group in optimizer.param_groups:
+            mine = [p for p in group["params"] if used.get(id(p))]
+            names = state_names(optimizer, group)
+            if any(optimizer.state.get(p, {}).get(name) is None for p in mine for name in names):
+                raise Untraceable("the optimizer has no state yet")
+            whole = [p for p in mine if id(p) not in tables]
+            kinds = {(p.dtype, p.device) for p in whole}
+            for kind in sorted(kinds, key=str):
+                each = [p for p in whole if (p.dtype, p.device) == kind]
+                self._dense.append(_Dense(group, [places[id(p)] for p in each], each, names))
+            self._rows += [
+                _Rows(group, places[id(p)], tables[id(p)], names) for p in mine if id(p) in tables
+            ]
+        moved = {place for dense in self._dense for place in dense.places}
+        moved |= {rows.place for rows in self._rows}
+        self._rest = [p for place, p in enumerate(free) if place not in moved]
+        if any(id(p) in tables for p in self._rest):
+            raise Untraceable("a table of rows is not the optimizer's")
+        self._moved = moved
+        if not moved:
+            raise Untraceable("the optimizer moves no parameter of the loss")
+
+    def begin(self) -> None:
+        """Gather dense parameters and their state."""
+        self._begun = []
+        for dense in self._dense:
+            held = [torch.cat([p.detach().reshape(-1) for p in dense.parameters])]
+            for name in dense.names:
+                states = [self._optimizer.state[p][name] for p in dense.parameters]
+                if name == "step":
+                    steps = {float(state) for state in states}
+                    if len(steps) > 1:
+                        raise Untraceable("parameters of one group differ in their count of steps")
+                    held.append(torch.full((), steps.pop(), device=held[0].device))
+                else:
+                    held.append(torch.cat([state.reshape(-1) for state in states]))
+            self._begun.append(held)
+
+    def finish(self) -> None:
+        """Put dense parameters and their state back."""
+        with torch.no_grad():
+            for dense, held in zip(self._dense, self._begun, strict=True):
+                sizes = [p.numel() for p in dense.parameters]
+                for name, flat in zip(["value", *dense.names], held, strict=True):
+                    states = [
+                        p if name == "value" else self._optimizer.state[p][name]
+                        for p in dense.parameters
+                    ]
+                    if name == "step":
+                        for state in states:
+                            state.fill_(float(flat))
+                        continue
+                    parts = [
+                        part.view_as(p)
+                        for part, p in zip(torch.split(flat, sizes), dense.parameters, strict=True)
+                    ]
+                    torch._foreach_copy_([state.data for state in states], parts)
+        self._begun = []
+
+    def _arguments(
+        self, rows: torch.Tensor | None, tensors: Sequence[torch.Tensor], weight: float
+    ) -> list[torch.Tensor]:
+        given = [tensor for held in self._begun for tensor in held]
+        for each in self._rows:
+            assert rows is not None
+            given += [t.index_select(each.table.dim, rows) for t in self._held(each)]
+        device = self._begun[0][0].device if self._begun else given[0].device
+        given.append(self._scalar(weight, device))
+        groups = [each.group for each in self._dense] + [each.group for each in self._rows]
+        given += [self._scalar(float(group["lr"]), device) for group in groups]
+        fixed = self._program.fixed()
+        return [
+            *given,
+            *(p.detach() for p in self._rest),
+            *fixed,
+            *tensors,
+            *self._program.traced.constants,
+        ]
+
+    def _held(self, rows: _Rows) -> list[torch.Tensor]:
+        parameter = rows.table.parameter
+        return [parameter.detach(), *(self._optimizer.state[parameter][n] for n in rows.names)]
+
+    def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
+        # Kept: a learning rate changes at most once a step, and a copy to a GPU would wait for it.
+        key = (value, device)
+        if key not in self._weights:
+            if len(self._weights) > 1000:
+                self._weights.clear()
+            self._weights[key] = torch.tensor(value, device=device)
+        return self._weights[key]
+
+    # -- the step --------------------------------------------------------------------------------
+    def _step(self, *given: torch.Tensor) -> list[torch.Tensor]:
+        """Take one step; in a graph only. Returns the loss and the new rows of each table."""
+        left = iter(given)
+        dense = [[next(left) for _ in range(1 + len(d.names))] for d in self._dense]
+        rows = [[next(left) for _ in range(1 + len(r.names))] for r in self._rows]
+        weight = next(left)
+        rates = [next(left) for _ in (*self._dense, *self._rows)]
+        count = len(self._program.traced.used)
+        free: list[Any] = [None] * count
+        for each, held in zip(self._dense, dense, strict=True):
+            parts = torch.split(held[0], [p.numel() for p in each.parameters])
+            for place, p, part in zip(each.places, each.parameters, parts, strict=True):
+                free[place] = part.view(p.shape)
+        for table, held in zip(self._rows, rows, strict=True):
+            free[table.place] = held[0]
+        for place in range(count):
+            if place not in self._moved:
+                free[place] = next(left)
+        loss, *found = self._program.traced.graph(*free, *left)
+        # The graph returns the gradients of the used ones alone.
+        gradients = iter(found)
+        grads = [next(gradients) if used else None for used in self._program.traced.used]
+        fine = torch.isfinite(loss)
+        for number, (each, held) in enumerate(zip(self._dense, dense, strict=True)):
+            flat = torch.cat([_known(grads[place]).reshape(-1) for place in each.places])
+            for old, new in zip(
+                held, self._updated(each, held, flat * weight, rates[number]), strict=True
+            ):
+                old.copy_(torch.where(fine, new, old))
+        changed = []
+        for number, (table, held) in enumerate(zip(self._rows, rows, strict=True), len(dense)):
+            grad = _known(grads[table.place]) * weight
+            new_rows = self._updated(table, held, grad, rates[number])
+            changed += [torch.where(fine, n, o) for n, o in zip(new_rows, held, strict=True)]
+        return [loss, *changed]
+
+    def _updated(
+        self, each: _Dense | _Rows, held: list[torch.Tensor], grad: torch.Tensor, lr: torch.Tensor
+    ) -> list[torch.Tensor]:
+        state = dict(zip(each.names, held[1:], strict=True))
+        value, new = update(self._optimizer, each.group, held[0], grad, state, lr)
+        return [value, *(new[name] for name in each.names)]
+
+    def step(
+        self, rows: torch.Tensor | None, tensors: Sequence[torch.Tensor], weight: float
+    ) -> torch.Tensor:
+        """Take one step, and return the loss before it, a sum over N observations.
+
+        Args:
+            rows: Row numbers, each once, where there are parameters of each row.
+            tensors: Those of the batch.
+            weight: What multiplies the loss.
+        """
+        with self._program.without_autocast():
+            loss, *changed = self._run(*self._arguments(rows, tensors, weight))
+        new = iter(changed)
+        for each in self._rows:
+            for held in self._held(each):
+                held.index_copy_(each.table.dim, rows, next(new))  # type: ignore[arg-type]
+        return loss  # type: ignore[no-any-return]
+
+    def _check(self, graph: Callable[..., Any], example: list[torch.Tensor]) -> None:
+        """Compare compiled code with its graph, at equal random numbers.
+
+        Raises:
+            Untraceable: When they differ.
+        """
+        results = []
+        for run in (graph, self._run):
+            given = _copies(example)
+            with torch.random.fork_rng():
+                found = run(*given)
+            results.append([*found, *given])
+        for one, other in zip(*results, strict=True):
+            if one.dtype.is_floating_point and one.numel():
+                bound = torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
+                if not float((one - other).abs().max()) <= bound:
+                    raise Untraceable("compiled code of a step differs from its graph")
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _known(grad: torch.Tensor | None) -> torch.Tensor:
+    assert grad is not None  # only what the loss depends on is moved
+    return grad

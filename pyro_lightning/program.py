@@ -1,0 +1,184 @@
+"""One traced loss of a module: its inputs, and its use in place of the eager loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import nn
+
+from pyro_lightning.gather import gather_rows, mark_taken
+from pyro_lightning.inputs import Flat, flatten
+from pyro_lightning.rows import checked_rows, data_of
+from pyro_lightning.tracing import Traced, Untraceable, trace_loss
+
+
+class StepInputs(NamedTuple):
+    """What a step's loss depends on.
+
+    Attributes:
+        flat: The arguments of model and guide.
+        batch_size: B.
+        rows: Row numbers, ``(B,)``, where there are parameters of each row.
+        key: What a trace takes for constant, hashable.
+    """
+
+    flat: Flat
+    batch_size: int
+    rows: torch.Tensor | None
+    key: Any
+
+
+def step_inputs(module: Any, batch: Any) -> StepInputs:
+    """Read what the loss of a batch depends on, apart from parameters and Python state.
+
+    Raises:
+        Untraceable: When a batch holds something else than tensors and constants.
+        ValueError: When its row numbers cannot be.
+    """
+    data = data_of(batch)
+    size = module.num_rows(data)
+    flat = flatten(module.model_inputs(data))
+    rows = None
+    if module._per_row():
+        rows = checked_rows(batch, size, module._count_rows(), module._source)
+    device = flat.tensors[0].device.type if flat.tensors else "cpu"
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    n = module._known_size()
+    key = (flat.structure, size, n, rows is None, autocast, torch.get_default_dtype())
+    return StepInputs(flat, size, rows, key)
+
+
+class Program:
+    """The loss of a module and its gradients, as a function of tensors.
+
+    Args:
+        module: A ``PyroSVIModule`` whose parameters exist.
+        inputs: Those of the step that it is traced on.
+
+    Raises:
+        Untraceable: Saying why there is none.
+    """
+
+    def __init__(self, module: Any, inputs: StepInputs) -> None:
+        tensors = inputs.flat.tensors
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        tables = module._per_row() if inputs.rows is not None else []
+        if module._per_row() and inputs.rows is None:
+            raise Untraceable("the guide's own create_plates says which rows a batch holds")
+        self.tables = list({id(t.parameter): t for t in tables}.values())
+        taken = {id(table.parameter) for table in self.tables}
+        slots = _slots(module)
+        self._dense = [s for s in slots if s.tensor.requires_grad and id(s.tensor) not in taken]
+        self._fixed = [s for s in slots if not s.tensor.requires_grad and id(s.tensor) not in taken]
+        by_id = {id(slot.tensor): slot for slot in slots}
+        read = [*self._dense, *(by_id[id(table.parameter)] for table in self.tables), *self._fixed]
+
+        def loss_of(free: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+            for rows in free[len(self._dense) :]:
+                mark_taken(rows)
+            left = iter(others)
+            state = [*free, *(next(left) for _ in self._fixed)]
+            args, kwargs = inputs.flat.rebuilt(left)
+            with _swapped(read, state):
+                return module._bare_loss(args, kwargs, inputs.batch_size)  # type: ignore[no-any-return]
+
+        free, others = self._values(inputs)
+        known = {id(p) for p in module.parameters()}
+        with pyro.validation_enabled(False):
+            self.traced: Traced = trace_loss(loss_of, free, others)
+        if {id(p) for p in module.parameters()} != known:
+            raise Untraceable("parameters were made while the loss was traced")
+        self.run: Callable[..., Any] = self.traced.graph
+
+    def _values(self, inputs: StepInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what the loss is differentiated by, and what else it reads."""
+        free = [slot.now() for slot in self._dense]
+        for table in self.tables:
+            assert inputs.rows is not None
+            free.append(
+                gather_rows(table.parameter, inputs.rows.to(table.parameter.device), table.dim)
+            )
+        return free, [*self.fixed(), *inputs.flat.tensors]
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What the loss is differentiated by: parameters, and tables of which it reads rows."""
+        return [*(slot.now() for slot in self._dense), *(table.parameter for table in self.tables)]
+
+    def fixed(self) -> list[torch.Tensor]:
+        """Parameters that do not train, and buffers."""
+        return [slot.now().detach() for slot in self._fixed]
+
+    def example(self, inputs: StepInputs) -> list[torch.Tensor]:
+        """Return the inputs of the graph, for a compiler to look at."""
+        free, others = self._values(inputs)
+        return [*(p.detach() for p in free), *others, *self.traced.constants]
+
+    def loss(self, inputs: StepInputs) -> torch.Tensor:
+        """Compute the loss; differentiable by the parameters of the module."""
+        free, others = self._values(inputs)
+        used = [p for p, is_used in zip(free, self.traced.used, strict=True) if is_used]
+        values = [*(p.detach() for p in free), *others, *self.traced.constants]
+        with self.without_autocast():
+            loss = _Compiled.apply(self.run, values, *used)  # type: ignore[no-untyped-call]
+        return loss  # type: ignore[no-any-return]
+
+    def without_autocast(self) -> Any:
+        """Make the context in which the graph runs, which holds autocast's conversions itself."""
+        if torch.is_autocast_enabled(self._device.type):
+            return torch.autocast(self._device.type, enabled=False)
+        return nullcontext()
+
+
+class _Compiled(torch.autograd.Function):
+    """Hands the gradients that a graph computed with its loss to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, values: Any, *used: torch.Tensor) -> torch.Tensor:
+        loss, *ctx.grads = run(*values)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, None, *torch._foreach_mul(ctx.grads, grad)
+
+
+class _Slot(NamedTuple):
+    """Where a module holds a parameter or buffer, which may be replaced there."""
+
+    tensor: torch.Tensor
+    places: list[tuple[dict[str, Any], str]]
+
+    def now(self) -> torch.Tensor:
+        holder, key = self.places[0]
+        return holder[key]  # type: ignore[no-any-return]
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    found: dict[int, _Slot] = {}
+    for part in module.modules():
+        for holder in (part._parameters, part._buffers):
+            for key, tensor in holder.items():
+                if tensor is not None:
+                    slot = found.setdefault(id(tensor), _Slot(tensor, []))
+                    slot.places.append((holder, key))
+    return list(found.values())
+
+
+@contextmanager
+def _swapped(slots: Sequence[_Slot], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hold other tensors in the places of a module's own.
+
+    ``torch.func.functional_call`` would leave them in a module that is reached by two names.
+    """
+    for slot, tensor in zip(slots, tensors, strict=True):
+        for holder, key in slot.places:
+            holder[key] = tensor
+    try:
+        yield
+    finally:
+        for slot in slots:
+            for holder, key in slot.places:
+                holder[key] = slot.tensor

@@ -1,0 +1,153 @@
+"""A loss and its gradients as one graph of tensor operations."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from pyro_lightning._upstream import answer_to_check, make_graph, traced_node, untraced
+
+
+class Untraceable(Exception):
+    """Says why a loss has no graph."""
+
+
+class Traced(NamedTuple):
+    """A loss and its gradients as a graph.
+
+    Attributes:
+        graph: Takes ``params``, ``others`` and ``constants``, one after the other; returns the loss
+            and the gradients of the parameters that have one.
+        constants: Tensors that are no inputs, which the graph reads each time.
+        used: Whether the loss depends on each of the parameters.
+    """
+
+    graph: GraphModule
+    constants: list[torch.Tensor]
+    used: list[bool]
+
+
+def trace_loss(
+    loss_of: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor],
+    params: Sequence[torch.Tensor],
+    others: Sequence[torch.Tensor],
+) -> Traced:
+    """Run a loss once, and keep the tensor operations of it and of its gradient.
+
+    Loss and gradients are traced together: some of torch's functions have a derivative only outside
+    a graph of their value alone. What is Python in the loss happens now, and never again.
+
+    Args:
+        loss_of: Computes a scalar from parameters and other tensors.
+        params: What the loss is differentiated by.
+        others: What it reads besides.
+
+    Raises:
+        Untraceable: When the loss looks at the value of a tensor that depends on its inputs.
+    """
+    used: list[bool] = []
+
+    def both(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        free = [p.detach().requires_grad_() for p in inputs[: len(params)]]
+        with torch.enable_grad(), _Answers():
+            loss = loss_of(free, inputs[len(params) :])
+        if not loss.requires_grad:
+            raise Untraceable("the loss has no gradient")
+        grads = torch.autograd.grad(loss, free, allow_unused=True)
+        used.extend(grad is not None for grad in grads)
+        return [loss.detach(), *(grad for grad in grads if grad is not None)]
+
+    graph = make_graph(both, [*params, *others])
+    constants = _lift_constants(graph)
+    return Traced(graph, constants, used)
+
+
+def _lift_constants(graph: GraphModule) -> list[torch.Tensor]:
+    """Make inputs of the tensors that the graph holds, so that a change of theirs is seen."""
+    held: dict[str, Node] = {}
+    constants = []
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            with graph.graph.inserting_after(placeholders[-1]):
+                held[name] = graph.graph.placeholder(f"constant_{len(held)}")
+            placeholders.append(held[name])
+            constants.append(getattr(graph, name))
+        node.replace_all_uses_with(held[name])
+        graph.graph.erase_node(node)
+    for name in held:
+        delattr(graph, name)
+    graph.recompile()
+    return constants
+
+
+_VALUES = {
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+}
+
+
+class _Answers(TorchFunctionMode):
+    """Answers what Python asks a tensor for, while a graph is made.
+
+    The value of a constant is what it is. ``item()`` of anything else gives the tensor without
+    gradient: Pyro's ELBOs add up such items.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        if func is torch.Tensor.register_hook and answer_to_check() is False:
+            return None  # a check of the gradient
+        if func not in _VALUES:
+            return func(*args, **(kwargs or {}))
+        tensor = args[0]
+        if not _depends_on_inputs(traced_node(tensor)):
+            with untraced():
+                return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.item:
+            return tensor.detach()
+        answer = answer_to_check()
+        if func is torch.Tensor.__bool__ and answer is not None:
+            return answer
+        raise Untraceable(
+            f"Tensor.{func.__name__}() of a tensor that depends on parameters, batch or random "
+            "numbers: its value now would hold for all batches"
+        )
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    # torch's own looks at the largest and smallest value, to check them.
+    if num_classes < 0:
+        raise Untraceable("one_hot without num_classes looks for the largest class of a batch")
+    classes = torch.arange(num_classes, device=tensor.device)
+    return (tensor.unsqueeze(-1) == classes).long()
+
+
+def _depends_on_inputs(node: Node | None) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        at = pending.pop()
+        if at is None or at in seen:
+            continue
+        seen.add(at)
+        if at.op == "placeholder" or _draws(at):
+            return True
+        pending.extend(at.all_input_nodes)
+    return False
+
+
+def _draws(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
