@@ -31,6 +31,11 @@ def loses_new_parameters(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def logs_this_step(trainer: Trainer) -> bool:
+    """Whether the loggers get the figures of the step that is taken now."""
+    return trainer._logger_connector.should_update_logs
+
+
 def transferred(module: LightningModule, batch: Any, device: torch.device) -> Any:
     """Put a batch through the precision plugin and the transfer hooks, as a step would."""
     batch = module.trainer.precision_plugin.convert_input(batch)

@@ -1,13 +1,15 @@
 """Rows of arrays as a data set whose batches are cut by one index operation."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, RandomSampler
 
-from pyro_lightning.rows import IndexedBatch, new_source
+from pyro_lightning.rows import IndexedBatch
+from pyro_lightning.sources import source_of_arrays
 
 Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
 
@@ -57,11 +59,15 @@ class ArrayDataset(Dataset[Any]):
         self.arrays = arrays
         self.rows = rows
         self.row_numbers = False
-        self.source = new_source()
         self.identities = next(iter(lengths.values()))
         self._length = self.identities if rows is None else len(rows)
         if self._length == 0:
             raise ValueError("the arrays have no rows")
+
+    @cached_property
+    def source(self) -> int:
+        """What tells these arrays from others, known when row numbers are first asked for."""
+        return source_of_arrays(_named(self.arrays).values())
 
     def __len__(self) -> int:
         return self._length
@@ -78,7 +84,8 @@ class ArrayDataset(Dataset[Any]):
         batch = self._cut(index)
         if not self.row_numbers:
             return batch
-        return IndexedBatch(batch, torch.as_tensor(index), self.source)
+        # As Python counts, -1 is the last row.
+        return IndexedBatch(batch, torch.as_tensor(index) % self.identities, self.source)
 
     def _cut(self, index: Any) -> Any:
         def take(array: Any) -> torch.Tensor:

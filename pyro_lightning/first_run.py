@@ -9,13 +9,16 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch.distributions import constraints, transform_to
 
-from pyro_lightning.batches import first_rows, map_tensors
+from pyro_lightning.batches import first_rows
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger, is_subsample
+from pyro_lightning.indexed_params import indexed_params
+from pyro_lightning.initial_rows import set_initial_rows
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
-from pyro_lightning.posterior import draws_at_once, stands_in
-from pyro_lightning.rows import ChosenBatch, data_of
+from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
+from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
+from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
 
@@ -43,17 +46,24 @@ def run_once(
     columns = {name: in_model.plates[name] for name in module._columns}
     model, guide = handled(module.model), handled(module.guide)
     known = RowsOfBatch(plates, torch.arange(rows) % identities, identities)
+    readers = []
+
+    def read_whole(part: Any, fn: Any) -> Callable[..., Any]:
+        readers.append(FullSizeMessenger(part, plates, identities, columns))
+        read: Callable[..., Any] = readers[-1](handler()(handled(fn)))
+        return read
+
     with torch.no_grad(), explained((args, kwargs), handler, model):
         with module._known_rows(known):
             make_prototypes(
                 module.guide,
                 guide,
-                lambda part, fn: FullSizeMessenger(part, plates, identities, columns)(
-                    handler()(handled(fn))
-                ),
+                read_whole,
                 partial(plates_of_prototype, parts_of(module.guide), plates, rows, identities),
                 (args, kwargs),
             )
+        for reader in readers:
+            set_initial_rows(reader.part, reader.initial)
         with module._rows_of(batch, rows):
             trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)
@@ -84,14 +94,29 @@ def globals_of_data(
         return ()
     data = data_of(batch)
     rows = module.num_rows(data)
-
-    def repeated(value: torch.Tensor) -> torch.Tensor:
-        by_row = value.dim() > 0 and len(value) == rows
-        return value[:1].expand(value.shape).clone() if by_row else value
-
-    inputs = module.model_inputs(map_tensors(data, repeated))
+    inputs = module.model_inputs(repeated_row(data, rows, rows))
     again = _run_again(module, batch, handled, module.guide, sites, inputs)
-    return _changed(sites, again)
+    changed = _changed(sites, again)
+    others = {site["name"] for site in sites if is_latent(site)}.difference(changed)
+    reading = sites_that_read_data(module, batch, handled, guide_sites, others)
+    return (*changed, *sorted(reading))
+
+
+def rows_of_sites(
+    module: Any, batch: Any, handled: Handled, guide_sites: list[Any]
+) -> dict[str, int]:
+    """Find the hand-written latents of rows that do not depend on the batch's data.
+
+    Returns:
+        The dimension of the rows, from the left, in the value of each.
+    """
+    data = data_of(batch)
+    rows = module.num_rows(data)
+    if rows == 1:  # one row tells nothing of the others
+        return {}
+    dims = row_dims(guide_sites, module._sites_of_data, module._row_plates())
+    reading = sites_that_read_data(module, batch, handled, guide_sites, dims)
+    return {name: dim for name, dim in dims.items() if name not in reading}
 
 
 def reads_rows_of_plate(
@@ -210,3 +235,18 @@ def params_of_shorter(
     finally:
         module._pyro_param_store = store
     return found
+
+
+def indexed_by_data(module: Any, batch: IndexedBatch) -> tuple[str, ...]:
+    """Name the dense parameters of all rows that the data of a batch index."""
+    data, served = batch.data, module._row_parameters()
+    rows = module.num_rows(data)
+
+    def losses(repeated: bool) -> torch.Tensor:
+        shown = repeated_row(data, rows, rows) if repeated else data
+        with torch.enable_grad():
+            loss: torch.Tensor = module._run(batch._replace(data=shown)).loss
+        return loss
+
+    others = {name: p for name, p in module.named_parameters() if name not in served}
+    return indexed_params(others, {module._known_size(), module._count_rows()}, rows, losses)

@@ -54,7 +54,7 @@ class FusedStep:
         inputs: StepInputs,
         options: Mapping[str, Any],
     ) -> None:
-        self._program, self._optimizer = program, optimizer
+        self._program, self._optimizer, self._options = program, optimizer, options
         self._split_parameters()
         self._weights: dict[tuple[float, Any], torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []
@@ -228,7 +228,8 @@ class FusedStep:
         for each in self._rows:
             for held in self._held(each):
                 held.index_copy_(each.table.dim, rows, next(new))  # type: ignore[arg-type]
-        return loss  # type: ignore[no-any-return]
+        # CUDA graphs write the next step's loss to the same place.
+        return loss.clone() if self._options else loss  # type: ignore[no-any-return]
 
     def _check(self, graph: Callable[..., Any], example: list[torch.Tensor]) -> None:
         """Compare compiled code with its graph, at equal random numbers.

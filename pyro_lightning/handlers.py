@@ -78,14 +78,14 @@ class DataPlateMessenger(Messenger):
         over_rows = [frame for frame in frames if frame.name not in self.columns]
         if len(over_rows) > 1:
             names = " and ".join(f"'{frame.name}'" for frame in over_rows)
-            raise ValueError(
+            self._refuse(
                 f"site '{msg['name']}' stands in the data plates {names} at once and would be "
                 "scaled by N/B twice. Name only the plate over the rows of a batch in data_plate, "
                 "or state the size of each: data_plate={'rows': n_rows, 'columns': n_columns}."
             )
         for frame in over_rows:
             if frame.size not in (self.batch_size, -1):
-                raise ValueError(
+                self._refuse(
                     f"plate '{frame.name}' holds {frame.size} rows at site '{msg['name']}', but "
                     f"this batch holds B = {self.batch_size}. A plate that is made beforehand "
                     f"keeps its rows: write pyro.plate('{frame.name}', len(x)) in the model itself."
@@ -95,7 +95,7 @@ class DataPlateMessenger(Messenger):
             if frame.full_size is None or frame.full_size == frame.size:
                 # Plates that take any size have none of their own (-1): the rows are the batch's.
                 if frame.size <= 0 and frame.name in self.columns:
-                    raise ValueError(f"plate '{frame.name}' must be given its size in the model")
+                    self._refuse(f"plate '{frame.name}' must be given its size in the model.")
                 size = frame.size if frame.size > 0 else self.batch_size
                 msg["scale"] = msg["scale"] * (self.plates[frame.name] / size)
         named = msg["name"] in self.scale_sites
@@ -103,6 +103,10 @@ class DataPlateMessenger(Messenger):
             msg["scale"] = msg["scale"] * (self.scale_sites[msg["name"]] / self.batch_size)
         if (named or over_rows) and msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.scaled_observations += 1
+
+    def _refuse(self, problem: str) -> None:
+        """Refuse a plate; a table of sites that is to show it goes on."""
+        raise ValueError(f"{problem} svi.site_table(batch) lists every site.")
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not is_subsample(msg):
@@ -114,9 +118,9 @@ class DataPlateMessenger(Messenger):
     def _check_columns(self, msg: Any) -> None:
         size, known = msg["fn"].size, self.plates[msg["name"]]
         if size > known:
-            raise ValueError(
+            self._refuse(
                 f"plate '{msg['name']}' has size {size}, more than the {known} that data_plate "
-                "states for it"
+                "states for it."
             )
 
     def _give_rows(self, msg: Any) -> None:
@@ -128,14 +132,14 @@ class DataPlateMessenger(Messenger):
         elif asked is None:
             asked = size
         if size not in (dataset_size, batch_size) or asked != batch_size:
-            raise ValueError(
+            self._refuse(
                 f"plate '{name}' has size {size} and holds {asked} rows, but the data set has "
                 f"N = {dataset_size} and this batch B = {batch_size} rows. Write "
                 f"pyro.plate('{name}', len(x)) with x a tensor of the batch, or "
                 f"pyro.plate('{name}', {dataset_size}, subsample_size=len(x)). A plate over "
                 "columns needs its own size: data_plate={'rows': n_rows, 'columns': n_columns}."
             )
-        if rows is None:
+        elif rows is None:
             msg["value"] = torch.arange(batch_size, device=msg["fn"].device)
 
 

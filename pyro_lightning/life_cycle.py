@@ -1,7 +1,8 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,14 +23,19 @@ from pyro_lightning.checks import check_leaves, check_sites
 from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
 from pyro_lightning.first_run import (
     globals_of_data,
+    indexed_by_data,
     params_of_shorter,
     reads_rows_of_plate,
+    rows_of_sites,
     run_once,
     run_shorter,
 )
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
+from pyro_lightning.indexed_params import warn_of_indexed
+from pyro_lightning.masked_latents import KEPT, find_masked, open_masks
+from pyro_lightning.masks import CarriedMasks
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import sites_of_data
@@ -60,6 +66,10 @@ class LifeCycle(RowHooks, ModelOwner):
     _mean_batch_size: float | None = None
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
+    _indexed: tuple[str, ...] = ()
+    _makes_handler: Callable[..., DataPlateMessenger] = DataPlateMessenger
+    _checked_rows: int = 0
+    _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
     _initialised: bool = False
 
@@ -104,7 +114,7 @@ class LifeCycle(RowHooks, ModelOwner):
         size = self._known_size()
         plates = {name: stated or size for name, stated in self._data_plates.items()}
         sites = dict.fromkeys(self._scale_sites, size)
-        return partial(DataPlateMessenger, plates, batch_size, sites, self._columns)
+        return partial(self._makes_handler, plates, batch_size, sites, self._columns)
 
     def _run(self, batch: Any, held_out: bool = False) -> Estimate:
         data = data_of(batch)
@@ -114,15 +124,32 @@ class LifeCycle(RowHooks, ModelOwner):
             model, guide = handled(self.model), handled(self.guide)
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
+            model, guide = self._masked(model, guide)
             # The first run only checks, and leaves them as they are.
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
-            return estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+            found = estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
+        if open_masks(self._masks, found.model_sites, found.guide_sites) and not held_out:
+            self._settle_masks(batch)
+        return found
+
+    def _masked(
+        self, model: Callable[..., Any], guide: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        carried = (name for name, state in self._masks.items() if state != KEPT)
+        return CarriedMasks(carried).around(model, guide)
+
+    def _settle_masks(self, batch: Any) -> None:
+        """Decide about masks that left nothing out before, on the first batch where they do."""
+        with preserved_state(self), self._isolated() as handled:
+            in_model, in_guide = run_once(self, batch, handled)
+            sites = in_model.sites, in_guide.sites
+            self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
 
     def _bare_loss(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
         """Compute the loss from a batch's arguments alone, for a trace of it."""
         with self._isolated() as handled, self._taken_rows(batch_size):
-            model, guide = handled(self.model), handled(self.guide)
+            model, guide = self._masked(handled(self.model), handled(self.guide))
             handler = self._handler(batch_size)
             return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
 
@@ -141,6 +168,7 @@ class LifeCycle(RowHooks, ModelOwner):
         Outside inference mode, whose tensors cannot train; the guide's prototype without
         gradients, so that what it remembers can be copied.
         """
+        self._initialised = False
         self._find_networks()
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
@@ -149,6 +177,7 @@ class LifeCycle(RowHooks, ModelOwner):
         data = data_of(batch)
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
+        self._checked_rows = self.num_rows(data)
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
@@ -162,15 +191,19 @@ class LifeCycle(RowHooks, ModelOwner):
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
         self._globals_of_data = globals_of_data(self, batch, handled, in_guide.sites)
+        self._dims_by_hand = rows_of_sites(self, batch, handled, in_guide.sites) if counted else {}
         if self._checks:
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
             self._check_params(batch, handled, in_model, in_guide, counted)
+        sites = in_model.sites, in_guide.sites
+        self._masks = find_masked(self, batch, handled, *sites, self._checks)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
         with torch.enable_grad(), explained:
             loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
             check_leaves(loss, self)
+        self._indexed = indexed_by_data(self, batch) if self._checks and counted else ()
 
     def _check_params(
         self,
@@ -278,6 +311,7 @@ class LifeCycle(RowHooks, ModelOwner):
                 "autoguide, or give the guide parameters."
             )
         optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
+        warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
+from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.life_cycle import STATE_N
@@ -21,7 +22,7 @@ from pyro_lightning.rows import data_of
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
-from pyro_lightning.steps import ManySteps, StepResult
+from pyro_lightning.steps import ManySteps
 
 
 class PyroSVIModule(ManySteps):
@@ -164,7 +165,8 @@ class PyroSVIModule(ManySteps):
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        if not self._initialised:
+        # One row alone cannot be compared with less, as some checks do.
+        if not self._initialised or (self._checked_rows == 1 and rows > 1):
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
@@ -183,9 +185,6 @@ class PyroSVIModule(ManySteps):
         )
         return estimate.loss, self._whole
 
-    _whole: bool = True
-    _shown: torch.Tensor | None = None
-
     # -- steps ---------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -198,61 +197,21 @@ class PyroSVIModule(ManySteps):
             results = self._take_steps(batch)
             self._mark_rows(batch)
             return self._log_steps(results)
-        loss, whole = self._logged("train", batch)
+        loss, whole = self._estimate(batch)
+        self._log_step(StepResult(loss, self.num_rows(data_of(batch)), whole))
         self._mark_rows(batch)
         return loss * self.batch_weight(batch) if whole else loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the step's loss per observation on the progress bar, from the first step on."""
-        # Logged in the step, it would take the name of the epoch's figure; from here it is another
-        # record, of which the loggers know nothing.
-        if self._shown is not None:  # a training_step of the user's own may not set it
-            name = "train_loss_per_obs"
-            self.log(name, self._shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
 
         Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
         """
-        self._logged("val", batch, held_out=True)
+        self._log_evaluation("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._logged("test", batch, held_out=True)
-
-    def _logged(self, stage: str, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
-        """Log a batch's loss; tells with it whether it is the whole training set's."""
-        loss, whole = self._estimate(batch, held_out)
-        size, rows = self._known_size(), self.num_rows(data_of(batch))
-        per_obs = loss.detach() / (size if whole else rows)
-        log = partial(self.log, batch_size=rows, sync_dist=True)
-        log(f"{stage}_loss", per_obs * size, on_step=False, on_epoch=True)
-        training = stage == "train"
-        log(f"{stage}_loss_per_obs", per_obs, on_step=False, on_epoch=True, prog_bar=not training)
-        if training:
-            name = "train_loss_per_obs_step"
-            self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=rows)
-            self._shown = per_obs
-        return loss, whole
-
-    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
-        """Log what each of several steps would have logged; returns their mean loss."""
-        size, first = self._known_size(), self.trainer.global_step - len(results)
-        per_obs = torch.stack([r.loss / (size if r.whole else r.rows) for r in results])
-        rows = torch.tensor([float(r.rows) for r in results], device=per_obs.device)
-        mean = (per_obs * rows).sum() / rows.sum()
-        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
-        log("train_loss", mean * size, batch_size=int(rows.sum()))
-        log("train_loss_per_obs", mean, batch_size=int(rows.sum()))
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        for number, value in enumerate(per_obs.tolist(), first):
-            if (number + 1) % every == 0:
-                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(metrics, step=number)
-        self._shown = per_obs[-1]
-        return mean * size
+        self._log_evaluation("test", batch)
 
     # -- results -------------------------------------------------------------------------------
 
@@ -273,8 +232,8 @@ class PyroSVIModule(ManySteps):
 
         Args:
             num_samples: Number of draws.
-            rows: Row numbers in the training set, whose local latents are drawn jointly with the
-                globals; for guides with parameters of each row.
+            rows: Row numbers in the training set (or a slice, or a mask of all rows), whose local
+                latents are drawn jointly with the globals; for guides with parameters of each row.
 
         Returns:
             Draws by site, on the module's device, without gradient: global latents,
@@ -301,8 +260,8 @@ class PyroSVIModule(ManySteps):
                 "latents parameters of their own."
             )
         batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
-        args, kwargs = self.model_inputs(batch)
         batch, local, places = self._batch_of_rows(batch, self.num_rows(batch), rows)
+        args, kwargs = self.model_inputs(batch.data)
         count, at_once = len(batch.rows), draws_at_once(self.guide)
         # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (

@@ -40,6 +40,14 @@ class ModelOwner(PyroModule):
         # PyroSample values for guide, model and every particle.
         return nn.Module.__call__(self, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets this around every hook; as a PyroModule's attribute it would take longer
+        # than many a hook does.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     @property
     def model(self) -> Callable[..., Any]:
         """The model that was passed or defined."""

@@ -86,7 +86,7 @@ def sites_of_data(
     return tuple(
         site["name"]
         for site in guide_sites
-        if _is_latent(site) and stands_in(site, plates) and site["name"] not in served
+        if is_latent(site) and stands_in(site, plates) and site["name"] not in served
     )
 
 
@@ -105,12 +105,12 @@ def _latents(
     wanted = {
         name: site
         for name, site in sites.items()
-        if _is_latent(site) and (name in local or not stands_in(site, plates))
+        if is_latent(site) and (name in local or not stands_in(site, plates))
     }
     return wanted, depth
 
 
-def _is_latent(site: Any) -> bool:
+def is_latent(site: Any) -> bool:
     """Whether a site of a guide is a latent of the model."""
     return not site["is_observed"] and not site["infer"].get("is_auxiliary")
 

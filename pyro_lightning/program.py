@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_lightning.gather import gather_rows, mark_taken
 from pyro_lightning.inputs import Flat, flatten
+from pyro_lightning.masked_latents import OPEN
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.tracing import Traced, Untraceable, trace_loss
 
@@ -46,7 +47,8 @@ def step_inputs(module: Any, batch: Any) -> StepInputs:
     device = flat.tensors[0].device.type if flat.tensors else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     n = module._known_size()
-    key = (flat.structure, size, n, rows is None, autocast, torch.get_default_dtype())
+    masks = tuple(sorted(module._masks.items()))
+    key = (flat.structure, size, n, rows is None, masks, autocast, torch.get_default_dtype())
     return StepInputs(flat, size, rows, key)
 
 
@@ -65,6 +67,12 @@ class Program:
         tensors = inputs.flat.tensors
         self._device = tensors[0].device if tensors else torch.device("cpu")
         tables = module._per_row() if inputs.rows is not None else []
+        unsettled = [name for name, state in module._masks.items() if state == OPEN]
+        if unsettled:
+            raise Untraceable(
+                f"the mask of latent '{unsettled[0]}' has left nothing out so far, so that it is "
+                "not known yet what becomes of its entries"
+            )
         if module._per_row() and inputs.rows is None:
             raise Untraceable("the guide's own create_plates says which rows a batch holds")
         self.tables = list({id(t.parameter): t for t in tables}.values())

@@ -1,7 +1,9 @@
 """Lightning's side of parameters of each row: which rows there are, and their gradients."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch.optim import Optimizer
 from pyro_lightning.gather import missing_rows
 from pyro_lightning.guides import parts_of
 from pyro_lightning.params import ParamStoreModule, RowParam, RowsOfBatch
+from pyro_lightning.reads_data import repeated_row
 from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
-from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, checked_rows
+from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, asked_rows, checked_rows
 from pyro_lightning.tables import RowTable, row_tables, rows_of_batch
 
 
@@ -29,6 +32,7 @@ class RowHooks(LightningModule):
     _switched_on: Any = None
     _identities: int | None = None
     _sites_of_data: tuple[str, ...] = ()
+    _dims_by_hand: Mapping[str, int] = MappingProxyType({})
 
     _data_plates: dict[str, int | None]
     _columns: tuple[str, ...]
@@ -86,6 +90,7 @@ class RowHooks(LightningModule):
             if not _makes_plates(parts_of(self.guide)):
                 raise ValueError(missing_rows(tables[0].holder, tables[0].plate))
         else:
+            self._warn_of_other_rows(source.dataset.source)
             self._source = source.dataset.source
             self._expect_rows(source)
             if not source.dataset.row_numbers:
@@ -93,6 +98,20 @@ class RowHooks(LightningModule):
                 self._switched_on.row_numbers = True
         # DDP would send all rows at each step; on_before_optimizer_step sends those of a batch.
         self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
+
+    def _warn_of_other_rows(self, source: int) -> None:
+        """Warn where rows of another data set would go on with the parameters of those before."""
+        trained = self._trained is not None and bool(self._trained.any())
+        if trained and self._source not in (None, source):
+            site = self._per_row()[0].site
+            warnings.warn(
+                f"the guide has parameters for each row (site '{site}'), which trained on another "
+                "data set: row i of this one goes on with the parameters of row i of that one. If "
+                "these are other rows, make a new PyroSVIModule; if they are the same, wrap the "
+                "same data set again, so that this is known.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _expect_rows(self, source: RowSource) -> None:
         """Start or go on with the record of the rows that trained."""
@@ -176,24 +195,26 @@ class RowHooks(LightningModule):
         if rows is None:
             places = torch.zeros(batch_size, dtype=torch.long)
             return ChosenBatch(batch, places), {}, places
-        tables = self._tables()
-        if self._sites_of_data or not tables:
-            sites = ", ".join(map(repr, self._sites_of_data)) or "none"
+        dims = {**{table.site: table.dim for table in self._tables()}, **self._dims_by_hand}
+        computed = [site for site in self._sites_of_data if site not in dims]
+        if computed or not dims:
+            what = f"computes {', '.join(map(repr, computed))} from the data of its batch"
             raise ValueError(
-                "posterior_samples(rows=...) serves autoguides that keep parameters of each row; "
-                f"this guide has latents in the data plate that it writes by hand ({sites}). Run "
-                "the guide on a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
+                "posterior_samples(rows=...) serves guides that keep parameters of each row, and "
+                f"this guide {what if computed else 'has no latents in the data plate'}. Run it on "
+                "a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
             )
-        numbers = torch.as_tensor(rows)
-        checked_rows(IndexedBatch(batch, numbers), numbers.numel(), self._count_rows(), None)
-        if self._trained is not None and not self._trained[numbers.cpu()].all():
-            missing = numbers[~self._trained[numbers.cpu()]].tolist()
+        numbers = asked_rows(rows, self._count_rows())
+        if self._trained is not None and not self._trained[numbers].all():
+            missing = numbers[~self._trained[numbers]].tolist()
             raise ValueError(
                 f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
                 "nothing of them"
             )
         numbers, places = torch.unique(numbers, return_inverse=True)
-        return ChosenBatch(batch, numbers), {table.site: table.dim for table in tables}, places
+        if self._dims_by_hand:  # such a guide makes its plate from the batch
+            batch = repeated_row(batch, batch_size, len(numbers))
+        return ChosenBatch(batch, numbers), dims, places
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -223,7 +244,7 @@ class RowHooks(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many rows have a number, and which of them trained."""
-        if self._tables() and self._trained is not None:
+        if self._per_row() and self._trained is not None:
             rows = {"identities": self._count_rows(), "trained": self._trained.clone()}
             checkpoint["pyro_lightning_rows"] = rows
 

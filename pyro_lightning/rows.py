@@ -1,12 +1,13 @@
 """Which rows of the data set a batch holds, for guides that keep parameters of each row."""
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 from torch.utils.data import default_collate as _default_collate
+
+from pyro_lightning.sources import source_of
 
 
 class IndexedBatch(NamedTuple):
@@ -62,7 +63,7 @@ class IndexedDataset(Dataset[Any]):
         self.dataset = dataset
         self.collate_fn = collate_fn
         # Of the data set itself: wrapped anew, as hooks that make loaders do, it is no other.
-        self.source = id(dataset)
+        self.source = source_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,24 +74,23 @@ class IndexedDataset(Dataset[Any]):
         return len(self)
 
     def __getitem__(self, index: int) -> IndexedBatch:
-        return IndexedBatch(self.dataset[index], index, self.source)
+        return IndexedBatch(self.dataset[index], self._number(index), self.source)
+
+    def _number(self, index: int) -> int:
+        return index + len(self) if index < 0 else index
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        numbers = [self._number(index) for index in indices]
         if isinstance(items, list) and len(items) == len(indices):
-            return [IndexedBatch(*pair, self.source) for pair in zip(items, indices, strict=True)]
-        return IndexedBatch(items, torch.as_tensor(indices), self.source)
+            return [IndexedBatch(*pair, self.source) for pair in zip(items, numbers, strict=True)]
+        return IndexedBatch(items, torch.as_tensor(numbers), self.source)
 
     def collate(self, items: list[IndexedBatch]) -> IndexedBatch:
         """Join items by the ``collate_fn`` of this data set, and their numbers."""
         data = (self.collate_fn or _default_collate)([item.data for item in items])
         return IndexedBatch(data, torch.tensor([int(item.rows) for item in items]), self.source)
-
-
-def new_source() -> int:
-    """Make a number that no other data set has; a number, since default collation keeps it."""
-    return uuid.uuid4().int >> 65
 
 
 def data_of(batch: Any) -> Any:
@@ -176,3 +176,37 @@ def checked_rows(batch: Any, batch_size: int, identities: int, source: Any) -> t
             f"{identities - 1}. Number the rows of the training set, whose size is N, from 0."
         )
     return rows.long()
+
+
+def asked_rows(rows: Any, identities: int) -> torch.Tensor:
+    """Return the row numbers that a user asks for, ``(len(rows),)``, on the CPU.
+
+    Args:
+        rows: Integers in a sequence, array or tensor; a slice; or a mask, one bool for each row.
+        identities: How many rows there are.
+
+    Raises:
+        ValueError: When there is none, or when they are no numbers of rows.
+
+    Example:
+        >>> asked_rows(slice(0, 6, 2), 5)
+        tensor([0, 2, 4])
+    """
+    if isinstance(rows, slice):
+        numbers = torch.tensor(range(identities)[rows], dtype=torch.long)
+    else:
+        numbers = torch.as_tensor(rows).cpu()
+        if numbers.dtype == torch.bool and numbers.shape == (identities,):
+            numbers = numbers.nonzero().flatten()
+    if not numbers.numel():
+        raise ValueError("rows is empty: name at least one row")
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(
+            "rows must be a sequence of integers, a slice, or a mask of one bool for each of "
+            f"{identities} rows; got a tensor of shape {tuple(numbers.shape)} and {numbers.dtype}"
+        )
+    checked: torch.Tensor | None = checked_rows(
+        IndexedBatch(None, numbers), len(numbers), identities, None
+    )
+    assert checked is not None  # it is an IndexedBatch
+    return checked

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import pyro
@@ -15,6 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.first_run import run_once
+from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.masked_latents import KEPT, find_masked
+from pyro_lightning.masks import carry_masks_
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import is_enumerated
@@ -80,8 +82,9 @@ class SiteTable(Sequence[SiteRow]):
         5.0
     """
 
-    def __init__(self, rows: Iterable[SiteRow]) -> None:
+    def __init__(self, rows: Iterable[SiteRow], problems: Iterable[str] = ()) -> None:
         self.rows = tuple(rows)
+        self.problems = tuple(problems)
 
     @overload
     def __getitem__(self, key: int | str) -> SiteRow: ...
@@ -90,7 +93,7 @@ class SiteTable(Sequence[SiteRow]):
     def __getitem__(self, key: int | str | slice) -> "SiteRow | SiteTable":
         """Find a row by number or name; a slice gives a table."""
         if isinstance(key, slice):
-            return SiteTable(self.rows[key])
+            return SiteTable(self.rows[key], self.problems)
         if isinstance(key, int):
             return self.rows[key]
         found = [row for row in self.rows if row.name == key]
@@ -113,7 +116,8 @@ class SiteTable(Sequence[SiteRow]):
         return "\n".join([*table, *self._problems()])
 
     def _problems(self) -> list[str]:
-        return [f"{row.name}: {row.problem}" for row in self.rows if row.problem]
+        own = [f"{row.name}: {row.problem}" for row in self.rows if row.problem]
+        return [*own, *self.problems]
 
     __repr__ = __str__
 
@@ -153,7 +157,11 @@ def table_of_sites(module: Any, batch: Any) -> SiteTable:
     ):
         batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
         batch = module._with_rows(batch)
-        model, guide = complete_contexts(partial(run_once, module, batch, handled))
+        model, guide, problems = _tolerant_run(module, batch, handled)
+        sites = model.sites, guide.sites
+        if not problems:
+            masks = module._masks or find_masked(module, batch, handled, *sites, refuse=False)
+            carry_masks_([name for name, state in masks.items() if state != KEPT], *sites)
         ours, theirs = ({s["name"]: s for s in each.sites} for each in (model, guide))
         names = dict.fromkeys([*ours, *theirs])
         rows = [_row(ours.get(name), theirs.get(name), model.plates, module) for name in names]
@@ -161,7 +169,47 @@ def table_of_sites(module: Any, batch: Any) -> SiteTable:
         SiteRow(name, "parameter", shape=() if is_lazy(p) else tuple(p.shape))
         for name, p in module.named_parameters()
     )
-    return SiteTable([*rows, *parameters])
+    return SiteTable([*rows, *parameters], problems)
+
+
+class _TolerantMessenger(DataPlateMessenger):
+    """Notes the plates that a step would refuse, and goes on."""
+
+    def __init__(self, problems: list[str], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.problems = problems
+
+    def _refuse(self, problem: str) -> None:
+        self.problems.append(problem)
+
+
+def _tolerant_run(
+    module: Any, batch: Any, handled: Any
+) -> tuple[DataPlateMessenger, DataPlateMessenger, list[str]]:
+    """Run guide and model as far as they go; returns their handlers, and what is wrong."""
+    problems: list[str] = []
+    made: list[DataPlateMessenger] = []
+
+    def handler(*arguments: Any) -> DataPlateMessenger:
+        made.append(_TolerantMessenger(problems, *arguments))
+        return made[-1]
+
+    def run() -> None:
+        made.clear()
+        problems.clear()
+        run_once(module, batch, handled)
+
+    module._makes_handler = handler
+    try:
+        complete_contexts(run)
+    except (ValueError, RuntimeError) as error:
+        if not any(each.sites for each in made[:2]):
+            raise
+        problems.append(f"what comes next does not run: {error}")
+    finally:
+        del module._makes_handler
+    # The first two are those around model and guide.
+    return made[0], made[1], list(dict.fromkeys(problems))
 
 
 def _row(model_site: Any, guide_site: Any, plates: Iterable[str], module: Any) -> SiteRow:

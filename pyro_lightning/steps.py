@@ -1,7 +1,7 @@
 """Several optimizer steps in one training step of Lightning's."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -9,21 +9,14 @@ from torch.optim import Optimizer
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.compiled import CompiledLoss
+from pyro_lightning.figures import Figures, StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
 from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 
 
-class StepResult(NamedTuple):
-    """What one of several steps had to log: its loss, B, and whether it is the whole data set's."""
-
-    loss: torch.Tensor
-    rows: int
-    whole: bool
-
-
-class ManySteps(LifeCycle):
+class ManySteps(Figures):
     """Cuts a batch of the loader into mini-batches, and takes an optimizer step on each."""
 
     steps_per_batch: int
@@ -35,30 +28,25 @@ class ManySteps(LifeCycle):
         """What multiplies a batch's loss in training."""
         raise NotImplementedError
 
-    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
-        raise NotImplementedError
-
     def _take_steps(self, batch: Any) -> list[StepResult]:
         """Take the optimizer steps of a batch of the loader, one for each mini-batch in it."""
         optimizer: Any = self.optimizers()
         assert self._rows_per_step is not None
-        parts = cut(batch, self._rows_per_step, self.num_rows(data_of(batch)))
-        left = self.trainer.max_steps - self.trainer.global_step
+        parts = Parts(batch, self.num_rows(data_of(batch)), self._rows_per_step)
+        count = len(parts)
         if self.trainer.max_steps >= 0:
-            parts = parts[:left]
+            count = min(count, self.trainer.max_steps - self.trainer.global_step)
         results: list[StepResult] = []
-        position = self._steps_before(batch)
-        while len(results) < len(parts):
-            done = len(results)
+        before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
+        while (done := len(results)) < count:
             fused = self._fused(parts[done], optimizer.optimizer)
             if fused is None:
                 results.append(self._take_step(parts[done], optimizer))
-                self._step_schedulers("step", position + done)
+                self._step_schedulers("step", before + done)
             else:
-                # Parts of other sizes, of which the last is one, have another program.
-                size = self.num_rows(data_of(parts[done]))
-                alike = [p for p in parts[done:] if self.num_rows(data_of(p)) == size]
-                results += self._take_fused(fused, alike, position + done)
+                # The last part may have another size, and with it another program.
+                alike = [n for n in range(done, count) if parts.rows_of(n) == parts.rows_of(done)]
+                results += self._take_fused(fused, parts, alike, before)
         return results
 
     def _take_step(self, part: Any, optimizer: Any) -> StepResult:
@@ -80,27 +68,51 @@ class ManySteps(LifeCycle):
             return None
         return self._compiled.step(self, part, optimizer)
 
-    def _take_fused(self, fused: FusedStep, parts: list[Any], position: int) -> list[StepResult]:
+    def _take_fused(
+        self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
+    ) -> list[StepResult]:
         losses: list[torch.Tensor] = []
-        weight = self.batch_weight(parts[0]) if self._whole else 1.0
-        size = self.num_rows(data_of(parts[0]))
+        weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
+        inputs = self._inputs_of(parts, numbers)
         fused.begin()
         try:
             with torch.no_grad():
-                for part in parts:
-                    tensors = flatten(self.model_inputs(data_of(part))).tensors
-                    rows = None
-                    if self._per_row():
-                        rows = checked_rows(part, size, self._count_rows(), self._source)
-                    losses.append(fused.step(rows, tensors, weight).clone())
-                    self._step_schedulers("step", position + len(losses) - 1)
+                for number in numbers:
+                    losses.append(fused.step(*next(inputs), weight))
+                    self._step_schedulers("step", before + number)
         finally:
             fused.finish()
         count_optimizer_steps(self.trainer, len(losses))
         finite = torch.isfinite(torch.stack(losses)).tolist()
         if not all(finite):
-            self._explain(parts[finite.index(False)], losses[finite.index(False)])
-        return [StepResult(loss, size, self._whole) for loss in losses]
+            first = finite.index(False)
+            self._explain(parts[numbers[first]], losses[first])
+        return [StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses]
+
+    def _inputs_of(
+        self, parts: "Parts", numbers: list[int]
+    ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor]]]:
+        """Yield row numbers and tensors of parts, cut at once where no hook may change them."""
+        rows: Any = None
+        if self._per_row():
+            rows = checked_rows(parts.batch, parts.rows, self._count_rows(), self._source)
+            rows = None if rows is None else rows.split(parts.size)
+        data = data_of(parts.batch)
+        hooks = type(self).model_inputs, type(self).num_rows
+        if hooks != (LifeCycle.model_inputs, LifeCycle.num_rows):
+            for number in numbers:
+                tensors = flatten(self.model_inputs(data_of(parts[number]))).tensors
+                yield rows and rows[number], tensors
+            return
+        columns = [
+            torch.split(tensor, parts.size)
+            if tensor.dim() and len(tensor) == parts.rows
+            else tensor
+            for tensor in flatten(self.model_inputs(data)).tensors
+        ]
+        for number in numbers:
+            cut = [each[number] if isinstance(each, tuple) else each for each in columns]
+            yield rows and rows[number], cut
 
     def _explain(self, part: Any, loss: torch.Tensor) -> None:
         self._run(part)  # names sites and rows
@@ -109,11 +121,7 @@ class ManySteps(LifeCycle):
             "Leave compile out to see the site; a too large learning rate does this."
         )
 
-    # -- sizes and schedulers --------------------------------------------------------------------
-    def _steps_before(self, batch: Any) -> int:
-        """How many steps of this epoch came before this batch of the loader."""
-        return int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
-
+    # -- schedulers ----------------------------------------------------------------------------
     def _step_schedulers(self, interval: str, index: int) -> None:
         """Step the schedulers that are due after a step or an epoch, counted from 0.
 
@@ -135,49 +143,48 @@ class ManySteps(LifeCycle):
             self.lr_scheduler_step(config.scheduler, value)
 
     def on_train_epoch_end(self) -> None:
-        """Step the schedulers of epochs, where optimization is manual."""
+        """Log the epoch; step the schedulers of epochs, where optimization is manual."""
+        super().on_train_epoch_end()
         if self.steps_per_batch > 1:
             self._step_schedulers("epoch", self.trainer.current_epoch)
-            self._log_position(self.trainer.global_step - 1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of a validation at the optimizer's step."""
-        if self.steps_per_batch > 1 and self.trainer.training:
-            self._log_position(self.trainer.global_step)
-
-    def _log_position(self, step: int) -> None:
-        # Lightning takes a logged "step" for the x-axis in place of its count of loader batches.
-        self.log("step", torch.tensor(float(step), dtype=torch.float64))
 
 
-def cut(batch: Any, size: int, rows: int) -> list[Any]:
-    """Cut a batch into mini-batches of successive rows; the last may be smaller.
+class Parts:
+    """The mini-batches of successive rows in a batch; the last may be smaller.
 
     Args:
         batch: A batch, with or without row numbers.
-        size: Rows of a mini-batch.
         rows: Rows of the batch.
+        size: Rows of a mini-batch.
 
     Example:
-        >>> [part["x"].tolist() for part in cut({"x": torch.arange(5)}, 2, 5)]
+        >>> [part["x"].tolist() for part in Parts({"x": torch.arange(5)}, rows=5, size=2)]
         [[0, 1], [2, 3], [4]]
     """
-    numbers = torch.as_tensor(batch.rows) if isinstance(batch, IndexedBatch) else None
-    return list(_parts(data_of(batch), numbers, batch, size, rows))
 
+    def __init__(self, batch: Any, rows: int, size: int) -> None:
+        self.batch, self.rows, self.size = batch, rows, size
 
-def _parts(data: Any, numbers: Any, batch: Any, size: int, rows: int) -> Iterator[Any]:
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
+    def __len__(self) -> int:
+        return -(-self.rows // self.size)
 
-        def taken(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
-            return value[start:stop] if value.dim() and len(value) == rows else value
+    def rows_of(self, number: int) -> int:
+        """Count the rows of a mini-batch."""
+        return min(self.size, self.rows - number * self.size)
 
-        part = map_tensors(data, taken)
-        if numbers is None:
-            yield part
-        else:
-            source = batch.source
-            if isinstance(source, torch.Tensor) and source.dim():
-                source = source[start:stop]
-            yield type(batch)(part, numbers[start:stop], source)
+    def __getitem__(self, number: int) -> Any:
+        if number >= len(self):
+            raise IndexError(number)
+        start = number * self.size
+        stop = start + self.rows_of(number)
+
+        def taken(value: torch.Tensor) -> torch.Tensor:
+            return value[start:stop] if value.dim() and len(value) == self.rows else value
+
+        part = map_tensors(data_of(self.batch), taken)
+        if not isinstance(self.batch, IndexedBatch):
+            return part
+        source = self.batch.source
+        if isinstance(source, torch.Tensor):
+            source = taken(source)
+        return type(self.batch)(part, taken(torch.as_tensor(self.batch.rows)), source)

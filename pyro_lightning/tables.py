@@ -16,6 +16,7 @@ from torch.distributions import transform_to
 
 from pyro_lightning.gather import gather_rows, missing_rows
 from pyro_lightning.handlers import is_subsample
+from pyro_lightning.initial_rows import initial_rows
 from pyro_lightning.row_sites import check_columns, check_row_site
 
 SERVED = (AutoNormal, AutoDelta)
@@ -90,8 +91,13 @@ class FullSizeMessenger(Messenger):
         self.plates = plates
         self.identities = identities
         self.columns = columns
+        self.initial: dict[str, torch.Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(self.part, SERVED) and not is_subsample(msg):
+            full = initial_rows(msg, self.plates, self.identities)
+            if full is not None:
+                self.initial[msg["name"]] = full
         msg["cond_indep_stack"] = tuple(
             frame._replace(full_size=self.identities) if frame.name in self.plates else frame
             for frame in msg["cond_indep_stack"]

@@ -164,3 +164,30 @@ def test_batches_whose_rows_are_counted_by_the_user_are_not_cut():
     svi = Pairs(model, no_guide, dataset_size=N)
     loss = svi.loss({"first": X, "rest": torch.zeros(3)}).item()
     assert loss == pytest.approx(-(SCALE + 1) * log_standard(X), rel=1e-6)
+
+
+def test_after_a_batch_of_one_row_the_next_one_is_checked():
+    # One row is 1, the size of anything; without a Trainer nothing says so before more rows come.
+    svi = PyroSVIModule(also(in_event), no_guide, dataset_size=N)
+    svi.loss(X[:1])
+    with pytest.raises(ValueError, match="'y'.*grows with the batch"):
+        svi.loss(X)
+
+
+def test_a_second_check_leaves_parameters_and_noise_as_they_are():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            observe(x - mu)
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    svi.loss(X[:1])
+    parameters = dict(svi.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    torch.manual_seed(1)
+    first = svi.loss(X)
+    torch.manual_seed(1)
+    assert torch.equal(svi.loss(X), first)
+    for name, parameter in svi.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, before[name])

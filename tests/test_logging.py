@@ -50,7 +50,7 @@ def data(**options):
 
 
 def fitted(svi, arrays=None, **flags):
-    trainer = quiet_trainer(**{"max_epochs": 1, **flags})
+    trainer = quiet_trainer(**{"max_epochs": 1, "log_every_n_steps": 1, **flags})
     trainer.fit(svi, arrays or data())
     return trainer
 

@@ -290,3 +290,18 @@ def test_data_set_that_has_no_rows_to_number():
 
     with pytest.raises(TypeError, match="a Stream have no numbers: expected a map-style"):
         IndexedDataset(Stream())
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "arrays"])
+def test_negative_indices_count_from_the_end(kind):
+    if kind == "wrapped":
+        data = IndexedDataset(TensorDataset(X))
+        svi, seen = fit(DataLoader(Subset(data, [-1, 3, -N]), batch_size=2))
+    else:
+        module = ArrayDataModule(X, batch_size=2)
+        data = module.train_dataloader().dataset
+        collate = module.train_dataloader().collate_fn
+        loader = DataLoader(Subset(data, [-1, 3, -N]), batch_size=2, collate_fn=collate)
+        svi, seen = fit(loader)
+    assert rows_seen(seen.train) == [N - 1, 3, 0]
+    assert_only_these_trained(svi, [0, 3, N - 1])

@@ -148,3 +148,49 @@ def test_table_in_inference_mode():
     svi = PyroSVIModule(normal_mean, AutoNormal, dataset_size=N)
     with torch.inference_mode():
         assert svi.site_table(torch.zeros(B))["x"].shape == (B,)
+
+
+X = torch.linspace(-1, 2, B)
+
+
+def no_guide(x):
+    """For a model without latents."""
+
+
+def test_plate_of_a_wrong_size_is_shown():
+    def model(x):
+        with pyro.plate("data", 7):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(7))
+
+    with pytest.raises(ValueError, match=r"plate 'data' has size 7.*site_table\(batch\)"):
+        PyroSVIModule(model, no_guide, dataset_size=N).loss(X)
+    table = PyroSVIModule(model, no_guide, dataset_size=N).site_table(X)
+    assert table["x"].plates == (("data", 7),)
+    assert table["x"].shape == (7,)
+    assert f"plate 'data' has size 7 and holds 7 rows, but the data set has N = {N}" in str(table)
+
+
+def test_plates_over_rows_that_cross_are_shown():
+    def model(x):
+        with pyro.plate("one", len(x), dim=-1), pyro.plate("other", len(x), dim=-2):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(len(x), len(x)))
+
+    svi = PyroSVIModule(model, no_guide, dataset_size=N, data_plate=("one", "other"))
+    table = svi.site_table(X)
+    assert dict(table["x"].plates) == {"one": len(X), "other": len(X)}
+    assert "stands in the data plates" in str(table) and "scaled by N/B twice" in str(table)
+
+
+def test_a_model_that_stops_is_shown_up_to_there():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 7):
+            pyro.sample("x", dist.Normal(mu * x, 1.0), obs=x)
+
+    svi = PyroSVIModule(model, lambda x: pyro.sample("mu", dist.Normal(0.0, 1.0)), dataset_size=N)
+    table = svi.site_table(X)
+    assert [row.name for row in table] == ["mu"]
+    assert "what comes next does not run: " in str(table) and "site x dim -1" in str(table)
+    # The module itself refuses as before.
+    with pytest.raises(ValueError, match="plate 'data' has size 7"):
+        svi.loss(X)

@@ -1,0 +1,115 @@
+"""What a fit logs: losses of steps, epochs and evaluations."""
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from pyro_lightning._lightning import logs_this_step
+from pyro_lightning.life_cycle import LifeCycle
+from pyro_lightning.rows import data_of
+
+_REFRESH = 0.1  # seconds between two figures of the progress bar
+
+
+class StepResult(NamedTuple):
+    """What a step has to log: its loss, its B, and whether the loss is the whole data set's."""
+
+    loss: torch.Tensor
+    rows: int
+    whole: bool
+
+
+class Figures(LifeCycle):
+    """Logs losses as sums over N observations in nats, and per observation.
+
+    ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
+    logged once, those of a step when a logger will have them.
+    """
+
+    steps_per_batch: int
+    _epoch: tuple[torch.Tensor, int] | None = None
+    _shown: torch.Tensor | None = None
+    _shown_at: float = 0.0
+
+    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
+        raise NotImplementedError
+
+    def _per_observation(self, result: StepResult) -> torch.Tensor:
+        size = self._known_size() if result.whole else result.rows
+        return result.loss.detach() / size
+
+    def _log_evaluation(self, stage: str, batch: Any) -> None:
+        loss, whole = self._estimate(batch, held_out=True)
+        rows = self.num_rows(data_of(batch))
+        per_obs = self._per_observation(StepResult(loss, rows, whole))
+        log = partial(self.log, batch_size=rows, sync_dist=True, on_step=False, on_epoch=True)
+        log(f"{stage}_loss", per_obs * self._known_size())
+        log(f"{stage}_loss_per_obs", per_obs, prog_bar=True)
+
+    def _log_step(self, result: StepResult) -> None:
+        """Log a step; the only one of a batch of the loader."""
+        per_obs = self._per_observation(result)
+        self._add_to_epoch(per_obs, result.rows)
+        if logs_this_step(self.trainer):
+            name = "train_loss_per_obs_step"
+            self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=result.rows)
+
+    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
+        """Log what each of several steps of a batch would have logged; returns their mean loss."""
+        first, every = self.trainer.global_step - len(results), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        per_obs = torch.stack([self._per_observation(result) for result in results])
+        rows = torch.tensor([result.rows for result in results], device=per_obs.device)
+        mean = (per_obs * rows).sum() / rows.sum()
+        self._add_to_epoch(mean, sum(result.rows for result in results))
+        self._shown = per_obs[-1]
+        # The loggers get the steps in between as well, which Lightning does not see.
+        for number in range(first, first + len(results)):
+            if (number + 1) % every == 0:
+                value = float(per_obs[number - first])
+                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(metrics, step=number)
+        return mean * self._known_size()
+
+    def _add_to_epoch(self, per_obs: torch.Tensor, rows: int) -> None:
+        total, count = self._epoch or (torch.zeros_like(per_obs), 0)
+        self._epoch, self._shown = (total + per_obs * rows, count + rows), per_obs
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the figures of an epoch."""
+        self._epoch = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the step's loss per observation on the progress bar, from the first step on."""
+        now = time.monotonic()
+        if self._shown is None or now < self._shown_at + _REFRESH:
+            return
+        self._shown_at = now
+        # The name of the epoch's figure, in another hook: of this record the loggers know nothing.
+        name = "train_loss_per_obs"
+        self.log(name, self._shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
+        if self._epoch is None:  # a training_step of the user's own may not add to it
+            return
+        total, rows = self._epoch
+        log = partial(self.log, batch_size=rows, sync_dist=True)
+        log("train_loss", total / rows * self._known_size())
+        log("train_loss_per_obs", total / rows)
+        self._epoch = None
+        if self.steps_per_batch > 1:
+            self._log_position(self.trainer.global_step - 1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of a validation at the optimizer's step."""
+        if self.steps_per_batch > 1 and self.trainer.training:
+            self._log_position(self.trainer.global_step)
+
+    def _log_position(self, step: int) -> None:
+        # Lightning takes a logged "step" for the x-axis in place of its count of loader batches.
+        self.log("step", torch.tensor(float(step), dtype=torch.float64))
