@@ -16,6 +16,7 @@ from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Clock, Stopped
 from benchmarks.speed.methods import Method
 from benchmarks.speed.references import REFERENCES
+from benchmarks.speed.rounds import Settings
 from benchmarks.speed.workers import Failed, Worker
 from benchmarks.speed.workloads import WORKLOADS
 
@@ -38,7 +39,7 @@ class LookingClock(Clock):
     """Sends the medians now and then; the time that this takes does not count."""
 
     def __init__(self, pipe: Connection, limit: float, every: float) -> None:
-        super().__init__(pipe, 0.0, 0)
+        super().__init__(pipe, 0.0)
         self.limit, self.every = limit, every
 
     def start(self) -> None:
@@ -77,6 +78,10 @@ class Answer:
 
     as_dict = asdict
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> "Answer":
+        return cls(**entry)
+
 
 def _watch(worker: Worker, answer: Answer, reference: Any, limit: float) -> None:
     near: list[Look] = []
@@ -93,11 +98,11 @@ def _watch(worker: Worker, answer: Answer, reference: Any, limit: float) -> None
 
 
 def answers(
-    ctx: Any, key: str, methods: Iterable[Method], threads: int, limit: float, rows: int | None
+    ctx: Any, key: str, methods: Iterable[Method], settings: Settings, limit: float
 ) -> list[Answer]:
     """Train with each method, one after another, until its means are near or time is over."""
     workload, found = WORKLOADS[key], []
-    rows = min(workload.rows, rows or workload.rows)
+    rows = min(workload.rows, settings.rows or workload.rows)
     batch_size = min(workload.batch_size, rows // 2)
     steps = EPOCHS_A_TENTH[key] * rows / batch_size
     with tempfile.TemporaryDirectory() as name:
@@ -106,16 +111,17 @@ def answers(
         job = jobs.load(key, data, batch_size=batch_size, folder=Path(name))
         reference = REFERENCES[key](job.arrays, job.constants)
         for method in methods:
-            answer = Answer(key, method.key, method.title, missing=method.missing())
+            answer = Answer(key, method.key, method.title, missing=method.missing(settings.device))
             found.append(answer)
             if answer.missing is not None:
                 continue
             options = {
-                "threads": threads,
+                "threads": settings.threads,
                 "clock": partial(LookingClock, limit=limit, every=0.02),
                 "batch_size": batch_size,
                 "folder": Path(name) / method.key,
                 "decay": 0.1 ** (1 / steps),
+                "device": settings.device,
                 "environment": {},
             }
             worker = Worker(ctx, method, key, data, options)

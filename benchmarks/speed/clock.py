@@ -11,9 +11,9 @@ class Stopped(BaseException):
 
 
 class Ready(NamedTuple):
-    """A method is warm: seconds from its start to the end of its first step, and to here."""
+    """A method is warm: seconds from its start to the end of its first steps, and to here."""
 
-    first_step: float
+    first_steps: float
     warm: float
 
 
@@ -47,11 +47,11 @@ class Clock:
     Args:
         pipe: Where chunks go, and where turns, in seconds, come from.
         warmup: Seconds that pass before the first turn.
-        warmup_steps: Steps that are taken before the first turn.
+        first_steps: How many steps are the first: code may be traced at one, compiled at the next.
     """
 
-    def __init__(self, pipe: Connection, warmup: float, warmup_steps: int) -> None:
-        self.pipe, self.warmup, self.warmup_steps = pipe, warmup, warmup_steps
+    def __init__(self, pipe: Connection, warmup: float, first_steps: int = 3) -> None:
+        self.pipe, self.warmup, self.first_steps = pipe, warmup, first_steps
         self.sync: Callable[[], object] = _nothing
         self.medians: Callable[[], Mapping[str, Any]] = dict
         self._first: float | None = None
@@ -72,14 +72,13 @@ class Clock:
         self.sync()
         now, cpu = time.perf_counter(), time.process_time()
         if self._first is None:
-            self._first = now - self._began
-            self._until = now + self.warmup
+            if steps >= self.first_steps:
+                self._first = now - self._began
+                self._until = now + self.warmup
             return
         if self._warm:
             seconds, used = now - self._turn, cpu - self._cpu
             self.pipe.send(Chunk(seconds, used, steps - self._steps))
-        elif steps < self.warmup_steps:
-            return
         else:
             self._warm = True
             self.pipe.send(Ready(self._first, now - self._began))

@@ -1,35 +1,43 @@
-"""Results as a file, and read back from it."""
+"""Results as files, and read back from them."""
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.clock import Chunk
+from benchmarks.speed.answer import Answer
+from benchmarks.speed.busy import Busy
 from benchmarks.speed.rounds import Result
+from benchmarks.speed.starts import Start
+
+KINDS = {"steps": Result, "flat": Result, "starts": Start, "answers": Answer, "busy": Busy}
+Found = dict[str, list[Any]]
 
 
-def write(path: Path, about: dict[str, Any], results: Iterable[Result]) -> None:
+def write(path: Path, about: dict[str, Any], found: Found) -> None:
     """Write every chunk of every round, so that whatever is asked later can be computed."""
-    listed = [
-        {**dataclasses.asdict(r), "chunks": [chunk._asdict() for chunk in r.chunks]}
-        for r in results
-    ]
+    listed = {kind: [entry.as_dict() for entry in entries] for kind, entries in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "results": listed}, indent=1))
+    path.write_text(json.dumps({"about": about, **listed}, indent=1))
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    about = json.loads(path.read_text())
-    listed = about.pop("results")
-    for entry in listed:
-        entry["chunks"] = [Chunk(**chunk) for chunk in entry["chunks"]]
-    return about, [Result(**entry) for entry in listed]
+def read(paths: Iterable[Path]) -> tuple[dict[str, Any], Found]:
+    """Join files: of a workload and method that several have measured the last counts."""
+    about: dict[str, Any] = {}
+    joined: dict[str, dict[Any, Any]] = {}
+    for path in paths:
+        found = json.loads(path.read_text())
+        load = max(found["about"]["load"] or 0.0, about.get("load") or 0.0)
+        about = {**found.pop("about"), "load": load}
+        for kind, entries in found.items():
+            for entry in map(KINDS[kind].from_dict, entries):
+                key = entry.workload, getattr(entry, "rows", None), entry.method
+                joined.setdefault(kind, {})[key] = entry
+    return about, {kind: list(entries.values()) for kind, entries in joined.items()}
 
 
-def by_workload(results: Iterable[Result]) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {}
+def by_workload(results: Iterable[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
     for result in results:
         found.setdefault(result.workload, []).append(result)
-    return found
+    return dict(sorted(found.items()))

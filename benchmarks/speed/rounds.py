@@ -1,8 +1,10 @@
 """Methods in turn, round by round, so that a machine that slows down slows all of them."""
 
+import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +24,7 @@ class Result:
     workload: str
     method: str
     title: str
-    first_step: float | None = None
+    rows: int = 0
     chunks: list[Chunk] = field(default_factory=list)
     missing: str | None = None  # why it was left out
     failure: str | None = None  # the traceback, where it failed
@@ -43,64 +45,94 @@ class Result:
 
     def times_faster(self, than: "Result") -> float:
         """Median over rounds of the ratio of both within one round."""
-        pairs = zip(than.chunks, self.chunks, strict=True)
+        pairs = zip(than.chunks, self.chunks, strict=False)  # one may have failed in between
         return median(theirs.microseconds / mine.microseconds for theirs, mine in pairs)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "chunks": [chunk._asdict() for chunk in self.chunks]}
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> "Result":
+        return cls(**{**entry, "chunks": [Chunk(**chunk) for chunk in entry["chunks"]]})
 
 
 @dataclass(frozen=True)
 class Settings:
     """How long is measured, and how."""
 
-    rounds: int = 7
-    seconds: float = 1.5
-    warmup: float = 2.0
+    rounds: int = 5
+    seconds: float = 1.0
+    warmup: float = 1.0
     threads: int = 1
     rows: int | None = None
     batch_size: int | None = None
     device: str = "cpu"
 
 
-def measure(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -> list[Result]:
-    """Measure methods on one workload; what is missing is noted, what fails too."""
+def measure(
+    ctx: Any, key: str, methods: Iterable[Method], settings: Settings, rows: int | None = None
+) -> list[Result]:
+    """Measure methods on one workload; what is missing is noted, what fails too.
+
+    Args:
+        ctx: What makes processes.
+        key: The workload's.
+        methods: What is measured.
+        settings: How; its ``rows`` is an upper bound.
+        rows: N, where it is not the workload's.
+    """
     workload = WORKLOADS[key]
-    rows = min(workload.rows, settings.rows or workload.rows)
+    rows = rows or min(workload.rows, settings.rows or workload.rows)
     batch_size = min(workload.batch_size, settings.batch_size or workload.batch_size)
-    results, workers = [], []
+    results, workers = [], {}
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data.npz"
         jobs.save(key, rows, data)
         try:
             for method in methods:
-                result = Result(key, method.key, method.title, missing=method.missing())
+                missing = method.missing(settings.device)
+                result = Result(key, method.key, method.title, rows, missing=missing)
                 results.append(result)
-                if result.missing is not None:
-                    continue
-                # A smaller last batch, or group of batches, may be compiled of its own.
-                whole = batch_size * method.options.get("steps_per_batch", 1)
-                steps = rows // batch_size + 2 if rows % whole else 2
-                options = {
-                    "threads": settings.threads,
-                    "clock": partial(Clock, warmup=settings.warmup, warmup_steps=steps),
-                    "batch_size": batch_size,
-                    "folder": Path(name) / method.key,
-                    "device": settings.device,
-                    "environment": {},
-                }
-                worker = Worker(ctx, method, key, data, options)
-                workers.append(worker)
-                try:
-                    result.first_step = worker.receive().first_step
-                except Failed as error:
-                    result.failure = str(error)
-                    workers.remove(worker)
-                    worker.stop()
-            ready = {worker.method.key: worker for worker in workers}
-            turns = [result for result in results if result.method in ready]
+                if missing is None:
+                    options = {
+                        "threads": settings.threads,
+                        "clock": partial(Clock, warmup=settings.warmup),
+                        "batch_size": batch_size,
+                        "folder": Path(name) / method.key,
+                        "device": settings.device,
+                        "environment": {},
+                    }
+                    workers[method.key] = partial(Worker, ctx, method, key, data, options)
+            workers = _warm(workers, results)
             for number in range(settings.rounds):
                 # Every other round backwards: who comes after whom must not matter.
-                for result in turns[:: 1 if number % 2 == 0 else -1]:
-                    result.chunks.append(ready[result.method].turn(settings.seconds))
+                for result in results[:: 1 if number % 2 == 0 else -1]:
+                    if result.method in workers and result.failure is None:
+                        try:
+                            result.chunks.append(workers[result.method].turn(settings.seconds))
+                        except Failed as error:
+                            result.failure = str(error)
         finally:
-            for worker in workers:
-                worker.stop()
+            for worker in workers.values():
+                if isinstance(worker, Worker):
+                    worker.stop()
     return results
+
+
+def _warm(makers: dict[str, Any], results: list[Result]) -> dict[str, Worker]:
+    """Start methods, as many at once as there are cores, and wait until they are warm."""
+
+    def begin(result: Result) -> tuple[str, Worker] | None:
+        if result.method not in makers:
+            return None
+        worker: Worker = makers[result.method]()
+        try:
+            worker.receive()
+        except Failed as error:
+            result.failure = str(error)
+            worker.stop()
+            return None
+        return result.method, worker
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(filter(None, pool.map(begin, results)))

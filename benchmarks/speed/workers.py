@@ -12,6 +12,7 @@ from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Stopped
 from benchmarks.speed.methods import Method
 
+PATIENCE = 240  # seconds, after which a method that sends nothing has failed
 PRELOADED = ["numpy", "torch", "pyro", "lightning.pytorch", "rich", "pyro_lightning"]
 
 
@@ -91,9 +92,11 @@ class Worker:
         except OSError:
             pass  # the terminal is closed: the worker has ended
 
-    def receive(self) -> Any:
-        """Wait for what its clock sends next; raise where it sent an error, or died."""
+    def receive(self, patience: float = PATIENCE) -> Any:
+        """Wait for what its clock sends next; raise where it sent an error, died, or hangs."""
         try:
+            if not self.pipe.poll(patience):
+                raise Failed(f"{self.method.key}: nothing for {patience:.0f} s")
             found = self.pipe.recv()
         except EOFError:
             shown = b"".join(self._shown).decode(errors="replace")
@@ -105,14 +108,14 @@ class Worker:
     def turn(self, seconds: float) -> Any:
         """Let it run for so long."""
         self.pipe.send(seconds)
-        return self.receive()
+        return self.receive(PATIENCE + seconds)
 
     def stop(self) -> None:
         try:
             self.pipe.send(None)
+            self.process.join(2)
         except OSError:
             pass  # it has failed, and said so
-        self.process.join(10)
         self.process.kill()
         self.process.join()
         for fd in self._fds:

@@ -19,6 +19,7 @@ class Method:
         function: The function there that takes a job and a clock.
         options: What that function is given besides.
         needs: A package that may not be installed.
+        device: Where alone it runs; anywhere by default.
     """
 
     key: str
@@ -27,13 +28,16 @@ class Method:
     function: str = "run"
     options: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
+    device: str | None = None
 
     def load(self) -> Callable[..., None]:
         module = importlib.import_module(f"benchmarks.speed.methods.{self.module}")
         return getattr(module, self.function)
 
-    def missing(self) -> str | None:
+    def missing(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
+        if self.device is not None and device != self.device:
+            return f"it needs --device {self.device}"
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed: pip install '.[benchmarks]'"
         if self.module == "ours":
@@ -45,8 +49,8 @@ class Method:
         return None
 
 
-def _ours(title: str, key: str, **options: Any) -> Method:
-    return Method(key, f"ours{title}", "ours", options=options)
+def _ours(title: str, key: str, device: str | None = None, **options: Any) -> Method:
+    return Method(key, f"ours{title}", "ours", options=options, device=device)
 
 
 ALL = (
@@ -63,6 +67,19 @@ ALL = (
             steps_per_batch=k,
         )
         for k in (8, 32, 128)
+    ),
+    *(
+        _ours(
+            f", CUDA graphs{title}",
+            f"ours-graphs{key}",
+            "cuda",
+            compile={"mode": "reduce-overhead"},
+            **steps,
+        )
+        for title, key, steps in (
+            ("", "", {}),
+            (", steps_per_batch=32", "-k32", {"steps_per_batch": 32}),
+        )
     ),
     Method("numpyro", "NumPyro: jit(svi.update)", "numpyro_svi", "update", needs="numpyro"),
     Method(
