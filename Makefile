@@ -21,6 +21,7 @@ examples: .venv/test
 	$(BIN)/python examples/flights.py --epochs 1 --rows 3000 --output .venv/examples
 	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
+	$(BIN)/python benchmarks/reading.py --rows 100000 --batches 20 --rounds 1
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
 	$(BIN)/python -m benchmarks.speed --smoke --output .venv/examples
 

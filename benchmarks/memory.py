@@ -1,4 +1,4 @@
-"""Memory that training on a file of 10 million rows takes, beyond the interpreter and its imports.
+"""Memory that training on a large file takes, beyond the interpreter and its imports.
 
 A linear regression is trained from two ``numpy.memmap`` files, shuffled. What is measured is
 anonymous memory, ``RssAnon`` of ``/proc/self/status``: file pages that the kernel can take back do
@@ -24,7 +24,6 @@ from lightning.pytorch import Trainer, seed_everything
 
 from pyro_lightning import ArrayDataModule, PyroSVIModule
 
-COLUMNS = 16
 CHUNK = 16_384  # rows written at once: small, so that writing leaves the baseline as it was
 
 
@@ -53,8 +52,8 @@ class PeakMemory(threading.Thread):
 
 
 def write_data(folder: Path, rows: int, weights: np.ndarray) -> None:
-    """Write x, (rows, 16), and y = x @ weights + noise to files, chunk by chunk."""
-    x = np.memmap(folder / "x", np.float32, "w+", shape=(rows, COLUMNS))
+    """Write x, (rows, columns), and y = x @ weights + noise to files, chunk by chunk."""
+    x = np.memmap(folder / "x", np.float32, "w+", shape=(rows, len(weights)))
     y = np.memmap(folder / "y", np.float32, "w+", shape=(rows,))
     rng = np.random.default_rng(0)
     for start in range(0, rows, CHUNK):
@@ -63,9 +62,15 @@ def write_data(folder: Path, rows: int, weights: np.ndarray) -> None:
         y[start : start + CHUNK] = part @ weights + rng.standard_normal(len(part), np.float32)
 
 
+def read_data(folder: Path, rows: int, columns: int) -> tuple[np.memmap, np.memmap]:
+    """Open what ``write_data`` wrote."""
+    x = np.memmap(folder / "x", np.float32, "r", shape=(rows, columns))
+    return x, np.memmap(folder / "y", np.float32, "r", shape=(rows,))
+
+
 def linear(x, y):
     """Bayesian linear regression with unknown noise."""
-    w = pyro.sample("w", dist.Normal(torch.zeros(COLUMNS), 1.0).to_event(1))
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
     sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, sigma), obs=y)
@@ -74,7 +79,10 @@ def linear(x, y):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000_000, help="rows of the data file")
+    parser.add_argument("--columns", type=int, default=16, help="columns of x, 4 bytes each")
     parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--blocks", action="store_true", help="shuffle blocks instead of rows")
+    parser.add_argument("--val-split", type=float, default=0.0, help="share of rows held out")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--limit", type=float, default=200.0, help="MB over the baseline")
     args = parser.parse_args()
@@ -87,23 +95,28 @@ def main() -> int:
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
     seed_everything(0, verbose=False)
 
-    weights = np.linspace(-1, 1, COLUMNS, dtype=np.float32)
+    weights = np.linspace(-1, 1, args.columns, dtype=np.float32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, args.rows, weights)
-        x = np.memmap(folder / "x", np.float32, "r", shape=(args.rows, COLUMNS))
-        y = np.memmap(folder / "y", np.float32, "r", shape=(args.rows,))
+        x, y = read_data(folder, args.rows, args.columns)
         svi = PyroSVIModule(linear, optimizer=partial(torch.optim.Adam, lr=1e-2))
-        data = ArrayDataModule((x, y), batch_size=args.batch_size)
+        data = ArrayDataModule(
+            (x, y),
+            batch_size=args.batch_size,
+            shuffle="blocks" if args.blocks else True,
+            val_split=args.val_split,
+        )
         trainer = Trainer(
             max_steps=args.steps,
+            limit_val_batches=0,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        print(f"data: {args.rows:,} x {COLUMNS} float32, {(x.nbytes + y.nbytes) / 1e6:.0f} MB")
+        print(f"data: {args.rows:,} x {args.columns} float32, {(x.nbytes + y.nbytes) / 1e6:.0f} MB")
         baseline, memory = anonymous_mb(), PeakMemory()
         memory.start()
         start = time.perf_counter()

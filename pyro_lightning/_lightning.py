@@ -36,6 +36,14 @@ def logs_this_step(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def shares_of_rows(trainer: Trainer) -> dict[str, Any] | None:
+    """How rows are shared out: ``num_replicas`` and ``rank``; None where Lightning would not."""
+    connector = trainer._accelerator_connector
+    if connector.use_distributed_sampler and connector.is_distributed:
+        return trainer.distributed_sampler_kwargs
+    return None
+
+
 def transferred(module: LightningModule, batch: Any, device: torch.device) -> Any:
     """Put a batch through the precision plugin and the transfer hooks, as a step would."""
     batch = module.trainer.precision_plugin.convert_input(batch)

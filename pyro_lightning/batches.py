@@ -115,8 +115,9 @@ def example_batch(loader: Any) -> Any:
     if loader.batch_sampler is None:
         first: Any = dataset[next(iter(loader.sampler))]
         return loader.collate_fn(first)
-    # Two rows at least: the checks compare a batch with a shorter one.
-    size = max(getattr(loader.batch_sampler, "batch_size", None) or 2, 2)
+    sampler = loader.batch_sampler
+    size = getattr(sampler, "rows_per_step", None) or getattr(sampler, "batch_size", None) or 2
+    size = max(size, 2)  # the checks compare a batch with a shorter one
     known = getattr(loader.sampler, "indices", range(len(dataset)))  # type: ignore[arg-type]
     rows = [int(row) for row in islice(known, size)]
     fetch = getattr(dataset, "__getitems__", None)

@@ -43,7 +43,7 @@ def check_elbo(elbo: Any) -> None:
     if isinstance(elbo, _JIT):
         raise TypeError(
             f"{name} does not support parameters that belong to a module, as they do here: use "
-            f"{name.removeprefix('Jit')}(). Compilation is not the ELBO's part in this library."
+            f"{name.removeprefix('Jit')}(). To compile the loss: PyroSVIModule(..., compile=True)."
         )
     if isinstance(elbo, TraceTailAdaptive_ELBO):
         raise TypeError(

@@ -1,13 +1,19 @@
-"""A datamodule over arrays, cutting each batch with one index operation."""
+"""A datamodule over arrays, cutting each batch with one index operation an array."""
 
+import os
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, SequentialSampler
 
-from pyro_lightning.arrays import ArrayDataset, Arrays, ShuffledRows
+from pyro_lightning._lightning import shares_of_rows
+from pyro_lightning.arrays import ArrayDataset, Arrays, Columns
+from pyro_lightning.loader import RowLoader
+from pyro_lightning.orders import InBlocks, in_order, shuffled
+from pyro_lightning.samplers import DistributedRows, Order, RowBatches, ShuffledRows
+from pyro_lightning.splits import split_rows
 
 _OPTIONAL = {
     "val_dataloader": "_val",
@@ -15,9 +21,9 @@ _OPTIONAL = {
     "predict_dataloader": "_predict",
 }
 
-
-def _as_is(batch: Any) -> Any:
-    return batch
+BLOCK_BYTES = 2**22  # of a block of rows: what a disk reads at its full speed
+BLOCKS_TOGETHER = 64
+SHARE_OF_DEVICE = 0.25  # of free memory: the rest is for model, optimizer and batches
 
 
 class ArrayDataModule(LightningDataModule):
@@ -32,17 +38,28 @@ class ArrayDataModule(LightningDataModule):
         val: Arrays for validation, instead of a fraction.
         test: Arrays for the test, instead of a fraction.
         predict: Arrays for prediction.
-        shuffle: Whether training rows come in a new order each epoch.
+        shuffle: True for training rows in a new random order each epoch. ``"blocks"`` for files
+            that do not fit in memory: blocks of neighbouring rows, 4 MiB each, come in random
+            order, and the rows of 64 blocks are shuffled, so that the file is read in stretches
+            and once an epoch. A batch of 100 rows then mixes 51 blocks, one of 256 rows 63. Rows
+            that are in no order are as well mixed as by True; a file that is sorted by what the
+            model explains needs True. False for rows in order.
         seed: Seed of the split.
-        num_workers: Loader processes.
-        pin_memory: Whether batches are pinned; by default when a CUDA device is there.
+        num_workers: Loader processes; none where the arrays are on a device.
+        pin_memory: Whether batches are pinned; by default when a CUDA device is there. A training
+            on it then copies each batch while the one before is used.
+        device: Where the arrays are kept while they are used: None for where they are; a device;
+            ``"auto"`` for the Trainer's CUDA device if they take at most a quarter of its free
+            memory. Batches are then cut there: the same rows in the same order. A memmap is
+            copied to a device in parts.
         drop_last: Whether a smaller last batch is left out of training.
 
     Attributes:
         dataset_size: N, the number of training rows.
 
     Raises:
-        ValueError: For wrong lengths, a fraction out of range, or splits that leave nothing.
+        ValueError: For wrong lengths, a fraction out of range, splits that leave nothing, or
+            another ``shuffle`` than these.
         TypeError: For something that is not an array of numbers.
 
     Example:
@@ -61,19 +78,24 @@ class ArrayDataModule(LightningDataModule):
         val: Arrays | None = None,
         test: Arrays | None = None,
         predict: Arrays | None = None,
-        shuffle: bool = True,
+        shuffle: bool | str = True,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool | None = None,
+        device: str | torch.device | None = None,
         drop_last: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if shuffle not in (True, False, "blocks"):
+            raise ValueError(f'shuffle must be True, False or "blocks", got {shuffle!r}')
         self.batch_size = batch_size
+        self.device = device
         self.shuffle, self.drop_last = shuffle, drop_last
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        whole = ArrayDataset(arrays)
+        columns = Columns(arrays)
+        whole = ArrayDataset(columns)
         sizes = {}
         for name, fraction, given in (("val", val_split, val), ("test", test_split, test)):
             if not 0 <= fraction < 1:
@@ -89,13 +111,12 @@ class ArrayDataModule(LightningDataModule):
         self._train, self._val, self._test = whole, self._given(val), self._given(test)
         self._predict = self._given(predict)
         if held_out:
-            order = np.random.default_rng(seed).permutation(len(whole))
-            self._train = ArrayDataset(arrays, np.sort(order[held_out:]))
+            left, *parts = split_rows(len(whole), list(sizes.values()), seed)
+            self._train = ArrayDataset(columns, left)
             if sizes["val"]:
-                self._val = ArrayDataset(arrays, np.sort(order[: sizes["val"]]))
+                self._val = ArrayDataset(columns, parts[0])
             if sizes["test"]:
-                self._test = ArrayDataset(arrays, np.sort(order[sizes["val"] : held_out]))
-
+                self._test = ArrayDataset(columns, parts[1])
         self._leave_out_stages()
 
     def _leave_out_stages(self) -> None:
@@ -125,23 +146,86 @@ class ArrayDataModule(LightningDataModule):
     def _given(arrays: Arrays | None) -> ArrayDataset | None:
         return None if arrays is None else ArrayDataset(arrays)
 
+    def rows_per_batch(self, train: bool = True) -> int:
+        """Rows that a loader hands on at once: B, times the steps that a training step takes."""
+        module = self.trainer.lightning_module if train and self.trainer is not None else None
+        return self.batch_size * int(getattr(module, "steps_per_batch", 1))
+
+    def _order(self, dataset: ArrayDataset) -> Order:
+        if self.shuffle == "blocks":
+            row_bytes = max(1, dataset.columns.nbytes // dataset.identities)
+            return InBlocks(max(1, BLOCK_BYTES // row_bytes), BLOCKS_TOGETHER)
+        return shuffled if self.shuffle else in_order
+
+    def _sampler(self, dataset: ArrayDataset) -> Any:
+        """Choose what orders training rows; in several processes each has its share."""
+        order = self._order(dataset)
+        shares = None if self.trainer is None else shares_of_rows(self.trainer)
+        if shares is not None and shares["num_replicas"] > 1 and not self.trainer.overfit_batches:  # type: ignore[union-attr]
+            # The seed of Lightning's own distributed samplers. Theirs list all N rows.
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            return DistributedRows(dataset, order, seed=seed, **shares)
+        return ShuffledRows(dataset, order) if self.shuffle else SequentialSampler(dataset)
+
+    def _home(self, columns: Columns) -> torch.device | None:
+        """Where the arrays are to be kept; None for where they are."""
+        if self.device is None:
+            return None
+        root = None if self.trainer is None else self.trainer.strategy.root_device
+        if self.device == "auto":
+            if root is None or root.type != "cuda" or columns.device == root:
+                return columns.device
+            free = torch.cuda.mem_get_info(root)[0]
+            fits = columns.nbytes <= SHARE_OF_DEVICE * free and not columns.unindexed
+            return root if fits else None
+        wanted = torch.device(self.device)
+        if root is not None and root.type == wanted.type:
+            wanted = root  # each process of several has its own
+        return None if wanted.type == "cpu" else wanted
+
     def _loader(self, dataset: ArrayDataset | None, train: bool = False) -> DataLoader[Any]:
         assert dataset is not None  # a stage without rows has no loader of ours
+        home = self._home(dataset.columns)
+        if home is not None:
+            dataset.columns.keep_on(home)
         pin = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=ShuffledRows(dataset) if train and self.shuffle else None,
-            drop_last=train and self.drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=pin,
-            collate_fn=_as_is,
+        batches = RowBatches(
+            self._sampler(dataset) if train else SequentialSampler(dataset),
+            self.rows_per_batch(train),
+            train and self.drop_last,
+            rows_per_step=self.batch_size,
+            device=home,
         )
+        workers = self.num_workers if home is None else 0
+        return RowLoader(
+            dataset,
+            batch_sampler=batches,
+            copy_to=self._copies_ahead_to() if home is None and pin else None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin and home is None,
+        )
+
+    def _copies_ahead_to(self) -> torch.device | None:
+        """The Trainer's CUDA device, unless somebody looks at batches before they are there."""
+        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
+            return None
+        hooks = "on_before_batch_transfer", "transfer_batch_to_device"
+        users = self, self.trainer.lightning_module
+        if any(is_overridden(hook, user) for hook in hooks for user in users):
+            return None
+        return self.trainer.strategy.root_device
+
+    def teardown(self, stage: str) -> None:
+        """Give up what was copied to a device."""
+        for dataset in (self._train, self._val, self._test, self._predict):
+            if dataset is not None:
+                dataset.columns.release()
 
     def on_exception(self, exception: BaseException) -> None:
         """Number rows no longer: Lightning does not tear down a module whose fit failed."""
         self._train.row_numbers = False
+        self.teardown("fit")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training rows."""
@@ -157,4 +241,13 @@ class ArrayDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of rows to predict, in order."""
-        return self._loader(self._predict)
+        # Batches of lists: Lightning hands the numbers of predicted rows to callbacks as they are.
+        loader = self._loader(self._predict)
+        return DataLoader(
+            loader.dataset,
+            batch_size=self.batch_size,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            persistent_workers=loader.persistent_workers,
+            pin_memory=loader.pin_memory,
+        )

@@ -63,6 +63,11 @@ class PyroSVIModule(ManySteps):
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows. Sizes, parameters that would not train, a likelihood that is not
             scaled, and losses that are not finite are errors in any case.
+        compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
+            what cannot be compiled is an error and not a warning; or a dict of ``torch.compile``'s
+            options. See :class:`pyro_lightning.compiled.CompiledLoss`.
+        steps_per_batch: K, how many optimizer steps each batch of the loader, of K * B rows, is cut
+            for; :class:`ArrayDataModule` cuts such batches by itself.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.

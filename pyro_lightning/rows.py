@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 from torch.utils.data import default_collate as _default_collate
@@ -128,9 +129,11 @@ def row_source(loader: Any) -> RowSource | None:
         dataset = dataset.dataset
     if not hasattr(dataset, "row_numbers"):
         return None
-    own = getattr(dataset, "rows", None)
+    own: Any = getattr(dataset, "rows", None)
+    if kept is None and hasattr(own, "mask"):
+        return RowSource(dataset, dataset.identities, own.mask())
     if own is not None:
-        own = torch.as_tensor(own)
+        own = torch.as_tensor(np.asarray(own))
         kept = own if kept is None else own[kept]
     trained = None
     if kept is not None:

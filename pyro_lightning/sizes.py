@@ -103,8 +103,10 @@ def mean_batch_size(loader: Any, num_batches: float) -> float | None:
     size, rows = getattr(sampler, "batch_size", None), getattr(sampler, "sampler", None)
     if size is None or rows is None or not num_batches:
         return None
+    visited = getattr(sampler, "num_rows", None)
+    visited = len(rows) if visited is None else visited
     # Cut short, an epoch holds full batches only; the ragged one comes last.
-    return float(min(len(rows), num_batches * size) / num_batches)
+    return float(min(visited, num_batches * size) / num_batches)
 
 
 def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[int, float | None]:

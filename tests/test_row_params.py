@@ -59,7 +59,8 @@ def guide_of(plate):
 
     def guide(x):
         loc = pyro.param("mu.loc", torch.tensor(0.1))
-        pyro.sample("mu", dist.Normal(loc, pyro.param("mu.scale", torch.tensor(0.3))))
+        scale = pyro.param("mu.scale", torch.tensor(0.3), constraints.positive)
+        pyro.sample("mu", dist.Normal(loc, scale))
         rows(x)
 
     return guide
