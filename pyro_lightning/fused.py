@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from pyro_lightning._upstream import compile_graph, make_graph
 from pyro_lightning.program import Program, StepInputs
 from pyro_lightning.tracing import Untraceable
-from pyro_lightning.updates import is_served, state_names, update
+from pyro_lightning.updates import kind_of, numbers_of, state_names, update
 
 
 class _Dense(NamedTuple):
@@ -30,6 +30,25 @@ class _Rows(NamedTuple):
     names: list[str]
 
 
+def has_state(program: Program, optimizer: Optimizer) -> bool:
+    """Whether an optimizer has taken a step, after which it has a state, with all that moves."""
+    used = {id(p) for p, u in zip(program.parameters, program.traced.used, strict=True) if u}
+    return all(
+        optimizer.state.get(p, {}).get(name) is not None
+        for group in optimizer.param_groups
+        for name in state_names(optimizer, group)
+        for p in group["params"]
+        if id(p) in used
+    )
+
+
+def _kind(optimizer: Optimizer) -> list[Any]:
+    return [
+        (kind_of(optimizer, group), [id(p) for p in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
 class FusedStep:
     """Takes optimizer steps on batches of one shape, each in one call of compiled code.
 
@@ -39,7 +58,7 @@ class FusedStep:
 
     Args:
         program: The traced loss.
-        optimizer: One whose update is served, with its state made.
+        optimizer: One whose update is served, and which :func:`has_state`.
         inputs: Those of a step, for shapes.
         options: Arguments of ``torch.compile``.
 
@@ -55,8 +74,9 @@ class FusedStep:
         options: Mapping[str, Any],
     ) -> None:
         self._program, self._optimizer, self._options = program, optimizer, options
+        self._kind = _kind(optimizer)
         self._split_parameters()
-        self._weights: dict[tuple[float, Any], torch.Tensor] = {}
+        self._scalars: dict[Any, torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []
         self.begin()
         example = self._arguments(inputs.rows, inputs.flat.tensors, 1.0)
@@ -68,8 +88,6 @@ class FusedStep:
     # -- what goes in ----------------------------------------------------------------------------
     def _split_parameters(self) -> None:
         program, optimizer = self._program, self._optimizer
-        if not is_served(optimizer):
-            raise Untraceable(f"{type(optimizer).__name__} has no form within a graph")
         free = program.parameters
         used = dict(zip(map(id, free), program.traced.used, strict=True))
         places = {id(p): place for place, p in enumerate(free)}
@@ -79,12 +97,12 @@ class FusedStep:
         for group in optimizer.param_groups:
             mine = [p for p in group["params"] if used.get(id(p))]
             names = state_names(optimizer, group)
-            if any(optimizer.state.get(p, {}).get(name) is None for p in mine for name in names):
-                raise Untraceable("the optimizer has no state yet")
-            whole = [p for p in mine if id(p) not in tables]
-            kinds = {(p.dtype, p.device) for p in whole}
-            for kind in sorted(kinds, key=str):
-                each = [p for p in whole if (p.dtype, p.device) == kind]
+            alike: dict[Any, list[torch.Tensor]] = {}
+            for p in mine:
+                if id(p) not in tables:
+                    steps = float(optimizer.state[p]["step"]) if "step" in names else 0.0
+                    alike.setdefault((p.dtype, p.device, steps), []).append(p)
+            for each in alike.values():
                 self._dense.append(_Dense(group, [places[id(p)] for p in each], each, names))
             self._rows += [
                 _Rows(group, places[id(p)], tables[id(p)], names) for p in mine if id(p) in tables
@@ -97,6 +115,14 @@ class FusedStep:
         self._moved = moved
         if not moved:
             raise Untraceable("the optimizer moves no parameter of the loss")
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [each.group for each in self._dense] + [each.group for each in self._rows]
+
+    def fits(self) -> bool:
+        """Whether the optimizer has the groups that it had, but for numbers of theirs."""
+        return self._kind == _kind(self._optimizer)
 
     def begin(self) -> None:
         """Gather dense parameters and their state."""
@@ -144,8 +170,9 @@ class FusedStep:
             given += [t.index_select(each.table.dim, rows) for t in self._held(each)]
         device = self._begun[0][0].device if self._begun else given[0].device
         given.append(self._scalar(weight, device))
-        groups = [each.group for each in self._dense] + [each.group for each in self._rows]
-        given += [self._scalar(float(group["lr"]), device) for group in groups]
+        for each_group in self._groups:
+            numbers = numbers_of(self._optimizer, each_group)
+            given.append(self._scalar(tuple(numbers), device))
         fixed = self._program.fixed()
         return [
             *given,
@@ -159,14 +186,16 @@ class FusedStep:
         parameter = rows.table.parameter
         return [parameter.detach(), *(self._optimizer.state[parameter][n] for n in rows.names)]
 
-    def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
+    def _scalar(self, value: float | tuple[float, ...], device: torch.device) -> torch.Tensor:
         # Kept: a learning rate changes at most once a step, and a copy to a GPU would wait for it.
         key = (value, device)
-        if key not in self._weights:
-            if len(self._weights) > 1000:
-                self._weights.clear()
-            self._weights[key] = torch.tensor(value, device=device)
-        return self._weights[key]
+        if key not in self._scalars:
+            if len(self._scalars) > 1000:
+                self._scalars.clear()
+            # Scalars take on the type of what they meet, so that these can be as exact as Python's.
+            exact = torch.float32 if device.type == "mps" else torch.float64
+            self._scalars[key] = torch.tensor(value, device=device, dtype=exact)
+        return self._scalars[key]
 
     # -- the step --------------------------------------------------------------------------------
     def _step(self, *given: torch.Tensor) -> list[torch.Tensor]:
@@ -175,7 +204,7 @@ class FusedStep:
         dense = [[next(left) for _ in range(1 + len(d.names))] for d in self._dense]
         rows = [[next(left) for _ in range(1 + len(r.names))] for r in self._rows]
         weight = next(left)
-        rates = [next(left) for _ in (*self._dense, *self._rows)]
+        numbers = [next(left).unbind() for _ in self._groups]
         count = len(self._program.traced.used)
         free: list[Any] = [None] * count
         for each, held in zip(self._dense, dense, strict=True):
@@ -195,21 +224,21 @@ class FusedStep:
         for number, (each, held) in enumerate(zip(self._dense, dense, strict=True)):
             flat = torch.cat([_known(grads[place]).reshape(-1) for place in each.places])
             for old, new in zip(
-                held, self._updated(each, held, flat * weight, rates[number]), strict=True
+                held, self._updated(each, held, flat * weight, numbers[number]), strict=True
             ):
                 old.copy_(torch.where(fine, new, old))
         changed = []
         for number, (table, held) in enumerate(zip(self._rows, rows, strict=True), len(dense)):
             grad = _known(grads[table.place]) * weight
-            new_rows = self._updated(table, held, grad, rates[number])
+            new_rows = self._updated(table, held, grad, numbers[number])
             changed += [torch.where(fine, n, o) for n, o in zip(new_rows, held, strict=True)]
         return [loss, *changed]
 
     def _updated(
-        self, each: _Dense | _Rows, held: list[torch.Tensor], grad: torch.Tensor, lr: torch.Tensor
+        self, each: _Dense | _Rows, held: list[torch.Tensor], grad: torch.Tensor, numbers: Any
     ) -> list[torch.Tensor]:
         state = dict(zip(each.names, held[1:], strict=True))
-        value, new = update(self._optimizer, each.group, held[0], grad, state, lr)
+        value, new = update(self._optimizer, each.group, held[0], grad, state, numbers)
         return [value, *(new[name] for name in each.names)]
 
     def step(

@@ -1,10 +1,11 @@
 """Python state that a trace of model and guide took for constant, and whether it still is."""
 
+import inspect
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +40,10 @@ def changed(guards: Collection[Guard]) -> str | None:
 
     Example:
         >>> settings = {"beta": 1.0}
-        >>> guards = find_guards([lambda settings=settings: settings])
+        >>> guards = find_guards([settings])
         >>> settings["beta"] = 2.0
         >>> changed(guards)
-        'settings.beta'
+        'beta'
     """
     for name, read, key, value in guards:
         now = read(key)
@@ -178,6 +179,42 @@ def _of_object(name: str, value: Any, hidden: Callable[[Any, str], bool]) -> Ite
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+def names_read(owner: Any, functions: Iterable[Any]) -> frozenset[str] | None:
+    """Name what functions read of an object, by themselves and by its methods that they call.
+
+    Returns:
+        The names in their code; None where code looks attributes up by names that it computes.
+
+    Example:
+        >>> sorted(names_read(object(), [lambda counter: counter.steps + counter.start]))
+        ['start', 'steps']
+    """
+    pending = [inspect.unwrap(getattr(each, "__func__", each)) for each in functions]
+    names: set[str] = set()
+    seen: set[CodeType] = set()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        for name in _names_of(function.__code__) - names:
+            names.add(name)
+            for base in type(owner).__mro__:
+                held = vars(base).get(name)
+                if held is not None and not _of_others(base):
+                    held = getattr(held, "fget", None) or getattr(held, "__func__", held)
+                    pending.append(inspect.unwrap(held))
+    return None if names & _BY_NAME else frozenset(names)
+
+
+_BY_NAME = {"getattr", "vars", "__dict__", "__getattribute__", "attrgetter"}
+
+
+def _names_of(code: CodeType) -> set[str]:
+    inner = (_names_of(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _of_others(value: Any) -> bool:

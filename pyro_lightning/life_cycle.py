@@ -1,26 +1,20 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, EnergyDistance
 from torch import nn
 
 from pyro_lightning._lightning import loses_new_parameters, stage_loader, transferred
-from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import (
-    batch_arguments,
-    count_rows,
     example_batch,
     first_of,
     first_rows,
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites
-from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
 from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
@@ -32,34 +26,25 @@ from pyro_lightning.first_run import (
 )
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
-from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.indexed_params import warn_of_indexed
-from pyro_lightning.masked_latents import KEPT, find_masked, open_masks
-from pyro_lightning.masks import CarriedMasks
-from pyro_lightning.owner import ModelOwner
+from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.posterior import sites_of_data
-from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth, check_param_rows
 from pyro_lightning.rows import data_of, row_source
+from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
 
-STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
+class LifeCycle(Runs):
+    """What a ``PyroSVIModule`` does before its first step."""
 
-class LifeCycle(RowHooks, ModelOwner):
-    """What a ``PyroSVIModule`` does before its first step, and how it runs model and guide."""
-
-    elbo: ELBO | EnergyDistance
-    _baselines: DecayingBaselines | None
     _optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
-    _scale_sites: tuple[str, ...]
     _given_size: int | None
-    _dataset_size: int | None
     _checks: bool
     steps_per_batch: int = 1
     _rows_per_step: int | None = None
@@ -67,99 +52,8 @@ class LifeCycle(RowHooks, ModelOwner):
     _followed: Any = None
     _globals_of_data: tuple[str, ...] = ()
     _indexed: tuple[str, ...] = ()
-    _makes_handler: Callable[..., DataPlateMessenger] = DataPlateMessenger
     _checked_rows: int = 0
-    _masks: Mapping[str, str] = MappingProxyType({})
     _prototype: Any = None
-    _initialised: bool = False
-
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def model_inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Turn a batch into the arguments of model and guide; override for other batches.
-
-        A tuple or list becomes positional arguments, a mapping keywords, a tensor one argument.
-
-        Returns:
-            Positional arguments and keyword arguments.
-        """
-        return batch_arguments(batch)
-
-    def num_rows(self, batch: Any) -> int:
-        """Count B, the observations in a batch; override where rows are counted otherwise.
-
-        Raises:
-            ValueError: When the batch is empty or its tensors disagree.
-        """
-        return count_rows(batch)
-
-    # -- sizes ---------------------------------------------------------------------------------
-
-    @property
-    def dataset_size(self) -> int | None:
-        """N, the number of observations in the training set; None until it is known."""
-        return self._dataset_size
-
-    def _known_size(self) -> int:
-        if self._dataset_size is None:
-            raise RuntimeError(
-                f"N, the number of training observations, is not known yet. State it: {STATE_N}."
-            )
-        return self._dataset_size
-
-    # -- one run -------------------------------------------------------------------------------
-
-    def _handler(self, batch_size: int) -> Callable[[], DataPlateMessenger]:
-        """Make what scales model and guide, for a batch."""
-        size = self._known_size()
-        plates = {name: stated or size for name, stated in self._data_plates.items()}
-        sites = dict.fromkeys(self._scale_sites, size)
-        return partial(self._makes_handler, plates, batch_size, sites, self._columns)
-
-    def _run(self, batch: Any, held_out: bool = False) -> Estimate:
-        data = data_of(batch)
-        rows = self.num_rows(data)
-        args, kwargs = self.model_inputs(data)
-        with self._isolated() as handled, self._rows_of(batch, rows, held_out) as unseen:
-            model, guide = handled(self.model), handled(self.guide)
-            if unseen:
-                model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
-            model, guide = self._masked(model, guide)
-            # The first run only checks, and leaves them as they are.
-            baselines = self._baselines if self._initialised else None
-            handler = self._handler(rows)
-            found = estimate_elbo(self.elbo, model, guide, args, kwargs, handler, baselines)
-        if open_masks(self._masks, found.model_sites, found.guide_sites) and not held_out:
-            self._settle_masks(batch)
-        return found
-
-    def _masked(
-        self, model: Callable[..., Any], guide: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        carried = (name for name, state in self._masks.items() if state != KEPT)
-        return CarriedMasks(carried).around(model, guide)
-
-    def _settle_masks(self, batch: Any) -> None:
-        """Decide about masks that left nothing out before, on the first batch where they do."""
-        with preserved_state(self), self._isolated() as handled:
-            in_model, in_guide = run_once(self, batch, handled)
-            sites = in_model.sites, in_guide.sites
-            self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
-
-    def _bare_loss(self, args: Any, kwargs: Any, batch_size: int) -> torch.Tensor:
-        """Compute the loss from a batch's arguments alone, for a trace of it."""
-        with self._isolated() as handled, self._taken_rows(batch_size):
-            model, guide = self._masked(handled(self.model), handled(self.guide))
-            handler = self._handler(batch_size)
-            return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
-
-    _names_of_library: frozenset[str] = frozenset()
-
-    def _hides(self, holder: Any, name: str) -> bool:
-        """Whether an attribute is no state of the user's, but this class's own."""
-        if holder is not self:
-            return False
-        return name in self._names_of_library or (name.startswith("_") and hasattr(LifeCycle, name))
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -221,6 +115,13 @@ class LifeCycle(RowHooks, ModelOwner):
             check_param_growth(params, in_model.sites + in_guide.sites, of_rows, rows, run)
         reads = partial(reads_rows_of_plate, self, batch, handled, sites)
         check_param_rows(params, of_rows, self._count_rows(), rows, reads)
+
+    def _settle_masks(self, batch: Any) -> None:
+        """Decide about masks that left nothing out before, on the first batch where they do."""
+        with preserved_state(self), self._isolated() as handled:
+            in_model, in_guide = run_once(self, batch, handled)
+            sites = in_model.sites, in_guide.sites
+            self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""

@@ -15,10 +15,10 @@ from pyro_lightning.compiled import read_compile
 from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
-from pyro_lightning.life_cycle import STATE_N
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
+from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers

@@ -77,7 +77,7 @@ class Program:
             raise Untraceable("the guide's own create_plates says which rows a batch holds")
         self.tables = list({id(t.parameter): t for t in tables}.values())
         taken = {id(table.parameter) for table in self.tables}
-        slots = _slots(module)
+        self._slots = slots = _slots(module)
         self._dense = [s for s in slots if s.tensor.requires_grad and id(s.tensor) not in taken]
         self._fixed = [s for s in slots if not s.tensor.requires_grad and id(s.tensor) not in taken]
         by_id = {id(slot.tensor): slot for slot in slots}
@@ -99,6 +99,16 @@ class Program:
         if {id(p) for p in module.parameters()} != known:
             raise Untraceable("parameters were made while the loss was traced")
         self.run: Callable[..., Any] = self.traced.graph
+
+    def fits(self) -> bool:
+        """Whether parameters and buffers are of the kinds that were traced, at the same places."""
+        for slot in self._slots:
+            now = slot.now()
+            if now is None or slot.kind != _kind(now):
+                return False
+            if len(slot.places) > 1 and any(held.get(key) is not now for held, key in slot.places):
+                return False
+        return True
 
     def _values(self, inputs: StepInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what the loss is differentiated by, and what else it reads."""
@@ -157,11 +167,16 @@ class _Slot(NamedTuple):
     """Where a module holds a parameter or buffer, which may be replaced there."""
 
     tensor: torch.Tensor
+    kind: Any
     places: list[tuple[dict[str, Any], str]]
 
-    def now(self) -> torch.Tensor:
+    def now(self) -> Any:
         holder, key = self.places[0]
-        return holder[key]  # type: ignore[no-any-return]
+        return holder.get(key)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape
 
 
 def _slots(module: nn.Module) -> list[_Slot]:
@@ -170,7 +185,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
-                    slot = found.setdefault(id(tensor), _Slot(tensor, []))
+                    slot = found.setdefault(id(tensor), _Slot(tensor, _kind(tensor), []))
                     slot.places.append((holder, key))
     return list(found.values())
 

@@ -12,8 +12,8 @@ from pyro_lightning.compiled import CompiledLoss
 from pyro_lightning.figures import Figures, StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
-from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
+from pyro_lightning.runs import Runs
 
 
 class ManySteps(Figures):
@@ -74,7 +74,6 @@ class ManySteps(Figures):
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
-        fused.begin()
         try:
             with torch.no_grad():
                 for number in numbers:
@@ -99,7 +98,7 @@ class ManySteps(Figures):
             rows = None if rows is None else rows.split(parts.size)
         data = data_of(parts.batch)
         hooks = type(self).model_inputs, type(self).num_rows
-        if hooks != (LifeCycle.model_inputs, LifeCycle.num_rows):
+        if hooks != (Runs.model_inputs, Runs.num_rows):
             for number in numbers:
                 tensors = flatten(self.model_inputs(data_of(parts[number]))).tensors
                 yield rows and rows[number], tensors

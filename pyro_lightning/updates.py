@@ -1,6 +1,6 @@
 """The updates of torch's Adam and SGD as functions of tensors, for a graph of a whole step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,31 @@ class Update(NamedTuple):
 
 def is_served(optimizer: Optimizer) -> bool:
     """Whether a step of an optimizer can be a part of a graph."""
-    if type(optimizer) in (RowAdam, RowAdamW, Adam, AdamW, SGD):
-        return not any(group["differentiable"] for group in optimizer.param_groups)
-    return False
+    if type(optimizer) not in (RowAdam, RowAdamW, Adam, AdamW, SGD):
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False  # they would not run
+    return not any(group["differentiable"] for group in optimizer.param_groups)
+
+
+def numbers_of(optimizer: Optimizer, group: Mapping[str, Any]) -> list[float]:
+    """Return the hyperparameters that a scheduler may change at each step."""
+    if isinstance(optimizer, SGD):
+        names = ["lr", "weight_decay", "momentum", "dampening"]
+        return [float(group[name]) for name in names]
+    return [*(float(group[name]) for name in ("lr", "weight_decay", "eps")), *group["betas"]]
+
+
+def kind_of(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what of a group another graph is needed for."""
+    flags = group["maximize"], bool(group["weight_decay"])
+    if isinstance(optimizer, SGD):
+        return *flags, bool(group["momentum"]), group["nesterov"]
+    return *flags, group["amsgrad"], _decouples(optimizer, group)
+
+
+def _decouples(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
 
 
 def update(
@@ -31,25 +53,24 @@ def update(
     value: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    lr: torch.Tensor,
+    numbers: Sequence[Any],
 ) -> Update:
     """Take one step of an optimizer, without changing anything in place.
 
     Args:
         optimizer: One that is served.
-        group: Its hyperparameters; ``lr`` is not read from there.
+        group: A group of it, of which what :func:`kind_of` returns is read.
         value: The parameters.
         grad: Their gradient.
         state: What the optimizer remembers of them, by torch's names; empty before the first step
             of SGD.
-        lr: The learning rate, a scalar tensor.
+        numbers: What :func:`numbers_of` returns, or scalar tensors of that.
     """
     if group["maximize"]:
         grad = -grad
     if isinstance(optimizer, SGD):
-        return _sgd(group, value, grad, state, lr)
-    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
-    return _adam(group, value, grad, state, lr, decoupled)
+        return _sgd(group, value, grad, state, numbers)
+    return _adam(group, value, grad, state, numbers, _decouples(optimizer, group))
 
 
 def _adam(
@@ -57,17 +78,17 @@ def _adam(
     value: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    lr: torch.Tensor,
+    numbers: Sequence[Any],
     decoupled: bool,
 ) -> Update:
     """Kingma and Ba 2015, algorithm 1; AdamW of Loshchilov and Hutter 2019, algorithm 2."""
-    (beta1, beta2), decay = group["betas"], group["weight_decay"]
-    if decay and decoupled:
+    lr, decay, eps, beta1, beta2 = numbers
+    if group["weight_decay"] and decoupled:
         value = value * (1 - lr * decay)
-    elif decay:
+    elif group["weight_decay"]:
         grad = grad + decay * value
     step = state["step"] + 1
-    mean = torch.lerp(state["exp_avg"], grad, 1 - beta1)
+    mean = state["exp_avg"] + (1 - beta1) * (grad - state["exp_avg"])
     square = state["exp_avg_sq"] * beta2 + (1 - beta2) * grad * grad
     new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
     largest = square
@@ -75,7 +96,7 @@ def _adam(
         largest = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
     # A row's count stands beside its values; a count of them all is a scalar.
     count = step.to(value.dtype).reshape(*step.shape, *[1] * (value.dim() - step.dim()))
-    denominator = largest.sqrt() / (1 - beta2**count).sqrt() + group["eps"]
+    denominator = largest.sqrt() / (1 - beta2**count).sqrt() + eps
     return Update(value - lr / (1 - beta1**count) * mean / denominator, new)
 
 
@@ -84,16 +105,17 @@ def _sgd(
     value: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    lr: torch.Tensor,
+    numbers: Sequence[Any],
 ) -> Update:
     """Sutskever et al. 2013, in torch's form: the learning rate stands outside the momentum."""
+    lr, decay, momentum, dampening = numbers
     if group["weight_decay"]:
-        grad = grad + group["weight_decay"] * value
+        grad = grad + decay * value
     new: State = {}
     if group["momentum"]:
-        momentum = group["momentum"] * state["momentum_buffer"] + (1 - group["dampening"]) * grad
-        new["momentum_buffer"] = momentum
-        grad = grad + group["momentum"] * momentum if group["nesterov"] else momentum
+        buffer = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+        new["momentum_buffer"] = buffer
+        grad = grad + momentum * buffer if group["nesterov"] else buffer
     return Update(value - lr * grad, new)
 
 

@@ -364,8 +364,6 @@ CASES = {
     "sequential plate": Case(made(sequential_regression), regression_batch),
     "mask": Case(made(masked_regression), regression_batch),
     "obs_mask": Case(made(imputing_regression, imputing_guide), regression_batch),
-    "scale_sites": Case(
-        made(hand_scaled, data_plate=None, scale_sites=("y",)), regression_batch
-    ),
+    "scale_sites": Case(made(hand_scaled, data_plate=None, scale_sites=("y",)), regression_batch),
     "columns": Case(made(columns, data_plate={"users": None, "items": 6}), bits_batch),
 }

@@ -4,10 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_models import CASES, N, B, regression, regression_batch
+from compiled_models import N, regression, regression_batch
 from compiled_support import AS_TRACED, assert_equal_steps, is_compiled
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
 from support import no_validation, quiet_trainer
 from torch import nn
 
@@ -41,13 +40,14 @@ class Weighted(PyroSVIModule):
         self.plain = torch.tensor(1.0)
         self.net = nn.Linear(3, 1)
         self.drop = nn.Dropout(0.5)
+        self.late = nn.Parameter(torch.tensor([0.1]), requires_grad=False)
 
     def model(self, x, y):
         weight = self.beta * GLOBAL_WEIGHT * SETTINGS["weight"]
         with poutine.scale(scale=weight), poutine.scale(scale=self.buffer * self.plain):
             bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
-            loc = self.net(self.drop(x)).squeeze(-1) + bias
+            loc = (self.net(self.drop(x)) + self.late).squeeze(-1) + bias
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
@@ -87,6 +87,14 @@ def freeze(module):
     module.net.weight.requires_grad_(False)
 
 
+def thaw(module):
+    module.late.requires_grad_(True)
+
+
+def tie(module):
+    module.late = module.net.bias
+
+
 def other_data(module):
     module.net.weight.data = module.net.weight.data * 2
 
@@ -109,7 +117,8 @@ def other_data(module):
         swap_parameter,
         other_data,
         freeze,
-        nn.Module.double,
+        thaw,
+        tie,
     ],
     ids=[
         "buffer in place",
@@ -127,7 +136,8 @@ def other_data(module):
         "parameter replaced",
         "parameter's data replaced",
         "frozen",
-        "double precision",
+        "thawed",
+        "tied",
     ],
 )
 def test_a_change_after_compilation_is_honoured(pair, change):
@@ -140,3 +150,82 @@ def test_a_global_is_honoured(pair, monkeypatch):
 
 def test_an_entry_of_a_dict_is_honoured(pair, monkeypatch):
     both_after(lambda _: monkeypatch.setitem(SETTINGS, "weight", 0.1), *pair)
+
+
+def test_another_precision_is_honoured():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    assert_equal_steps(svi, eager, batches(0), 1e-6, 1e-5)
+    assert is_compiled(svi)
+    for module in (svi, eager):
+        module.double()
+    exact = [tuple(t.double() for t in batch) for batch in batches(10, _PATIENCE + 4)]
+    assert_equal_steps(svi, eager, exact, 1e-10, 1e-10, first_seed=10)
+    assert svi._compiled.compilations == 2
+
+
+def test_autocast_is_honoured():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    assert_equal_steps(svi, eager, batches(0), 1e-6, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        # Half precision in the network: eight bits of it.
+        assert_equal_steps(svi, eager, batches(10, _PATIENCE + 4), 1e-2, 3e-2, first_seed=10)
+    assert svi._compiled.compilations == 2
+    assert_equal_steps(svi, eager, batches(50), 1e-6, 1e-5, first_seed=50)
+    assert svi._compiled.compilations == 2
+
+
+def test_a_batch_of_another_size_is_eager_at_first_and_compiled_once_it_is_frequent():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    assert_equal_steps(svi, eager, batches(0), 1e-6, 1e-5)
+    assert (svi._compiled.traces, svi._compiled.compilations) == (1, 1)
+    smaller = [regression_batch(seed, rows=5) for seed in range(_PATIENCE + 3)]
+    assert_equal_steps(svi, eager, smaller[:_PATIENCE], 1e-6, 1e-5)
+    assert (svi._compiled.traces, svi._compiled.compilations) == (1, 1)
+    assert_equal_steps(svi, eager, smaller[_PATIENCE:], 1e-6, 1e-5)
+    assert (svi._compiled.traces, svi._compiled.compilations) == (2, 2)
+
+
+def test_traces_are_bounded_and_what_comes_then_is_eager():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    for rows in range(2, 2 + _MOST + 3):
+        alike = (regression_batch(seed, rows=rows) for seed in range(_PATIENCE + 3))
+        assert_equal_steps(svi, eager, alike, 1e-6, 1e-5)
+    assert svi._compiled.traces == svi._compiled.compilations == _MOST
+
+
+def test_ever_new_sizes_are_eager_with_one_warning():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    for module in (svi, eager):
+        module._given_size = module._dataset_size = 1000
+    sizes = (regression_batch(rows, rows=rows) for rows in range(2, 2 + _MOST_KEPT))
+    assert_equal_steps(svi, eager, sizes, 1e-6, 1e-5)
+    more = (regression_batch(rows, rows=rows) for rows in range(100, 110))
+    with pytest.warns(UserWarning, match=f"batches have come in {_MOST_KEPT} shapes") as caught:
+        assert_equal_steps(svi, eager, more, 1e-6, 1e-5)
+    assert len(caught) == 1
+
+
+def test_ever_new_python_state_is_eager_with_one_warning_that_names_it():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    with pytest.warns(UserWarning, match="Python state: beta changes from step to step") as caught:
+        for step in range(_MOST_KEPT + 10):
+            svi.beta = eager.beta = 1 + step / 100
+            assert_equal_steps(svi, eager, batches(step, 1), 1e-6, 1e-5)
+    assert len(caught) == 1
+
+
+@no_validation
+def test_a_second_fit_on_other_data_has_its_own_size():
+    losses = []
+    for options in ({"compile": AS_TRACED}, {}):
+        torch.manual_seed(0)
+        svi = PyroSVIModule(regression, **options)
+        for rows in (32, 64):
+            data = ArrayDataModule(regression_batch(0, rows=rows), batch_size=8)
+            # Enough steps of the second size, so that it is compiled as well.
+            quiet_trainer(max_epochs=4).fit(svi, datamodule=data)
+            torch.manual_seed(1)
+            losses.append(svi.loss(regression_batch(5)).detach())
+        if options:
+            assert svi._compiled.compilations == 2
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-5, atol=0)

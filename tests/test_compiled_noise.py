@@ -90,8 +90,7 @@ def test_a_compiled_fit_is_the_eager_one(steps):
     for options in ({"compile": AS_TRACED, "steps_per_batch": steps}, {}):
         torch.manual_seed(0)
         svi = PyroSVIModule(regression, **options)
-        size = 8 * options.get("steps_per_batch", 1)
-        data = ArrayDataModule(regression_batch(0, rows=N + 2), batch_size=size)
+        data = ArrayDataModule(regression_batch(0, rows=N + 2), batch_size=8)
         quiet_trainer(max_epochs=3).fit(svi, datamodule=data)
         found.append({n: p.detach() for n, p in svi.named_parameters()})
         if options:
