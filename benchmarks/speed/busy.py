@@ -118,7 +118,3 @@ def busy(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -> l
             finally:
                 worker.stop()
     return found
-
-
-
-

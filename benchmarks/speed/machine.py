@@ -18,6 +18,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -28,11 +34,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str) -> dict[str, Any]:
     """Date, processor, load of other programs, versions."""
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": _processor() + (f", {_gpu()}" if device == "cuda" else ""),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),

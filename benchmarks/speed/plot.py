@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -18,7 +17,7 @@ COLOURS = {"ours": "#1f5fa8", "numpyro": "#5a8f3c"}
 OTHERS = "#c2571a"
 
 
-def draw(path: Path, about: dict[str, Any], results: Iterable[Result]) -> None:
+def draw(path: Path, results: Iterable[Result]) -> None:
     """Draw microseconds a step, on a logarithmic axis, with the range over rounds."""
     found = by_workload(result for result in results if result.measured)
     titles = list({r.method: r.title for rs in found.values() for r in rs}.items())[::-1]
@@ -44,5 +43,5 @@ def draw(path: Path, about: dict[str, Any], results: Iterable[Result]) -> None:
         axis.set_yticks(range(len(titles)), [title for _, title in titles], fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
