@@ -122,7 +122,7 @@ def main() -> int:
             args.rounds, args.seconds, args.warmup, args.threads, args.rows, device=args.device
         )
         if args.smoke:
-            settings = Settings(**SMOKE)
+            settings, args.limit = Settings(**SMOKE), 1.0
         about, found = run(args, settings, path)
     report.show(Console(width=130), about, found)
     if args.markdown:
