@@ -63,6 +63,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the results")
+    parser.add_argument(
+        "--readme", type=Path, help="put tables between the marks there, and docs/speed.png beside"
+    )
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown too")
     parser.add_argument(
         "--read", type=Path, nargs="+", help="join and show these results; measure nothing"
@@ -127,8 +130,12 @@ def main() -> int:
     report.show(Console(width=130), about, found)
     if args.markdown:
         print(report.markdown(about, found))
+    if args.readme is not None:
+        report.put_into(args.readme, report.markdown(about, found))
     if found.get("steps"):
         plot.draw(args.output / "speed.png", found["steps"])
+        if args.readme is not None:
+            plot.draw(args.readme.parent / "docs" / "speed.png", found["steps"])
     return int(any(entry.failure is not None for entries in found.values() for entry in entries))
 
 

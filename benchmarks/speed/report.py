@@ -1,6 +1,7 @@
 """Results as tables: on the terminal, and in Markdown for the documentation."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -165,3 +166,12 @@ def markdown(about: dict[str, Any], found: Found) -> str:
             lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
             lines.append("")
     return "\n".join([*lines, heading(about)])
+
+
+def put_into(path: Path, tables: str) -> None:
+    """Replace what stands between the two marks of a document."""
+    before, begin, rest = path.read_text().partition("<!-- benchmarks.speed -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not begin or not end:
+        raise ValueError(f"{path} has no marks <!-- benchmarks.speed --> and <!-- end -->")
+    path.write_text(f"{before}{begin}\n{tables}\n{end}{after}")
