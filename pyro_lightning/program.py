@@ -145,9 +145,9 @@ class Program:
         return loss  # type: ignore[no-any-return]
 
     def begin_step(self) -> None:
-        """Tell CUDA graphs, where there are some, that the last step's results may be overwritten."""
+        """Tell CUDA graphs, where there are some, that the last results may be overwritten."""
         if self._device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def without_autocast(self) -> Any:
         """Make the context in which the graph runs, which holds autocast's conversions itself."""
