@@ -40,7 +40,7 @@ def step_inputs(module: Any, batch: Any) -> StepInputs:
     """
     data = data_of(batch)
     size = module.num_rows(data)
-    flat = flatten(module.model_inputs(data))
+    flat = flatten(module.model_inputs(data), "the model's (args, kwargs)")
     rows = None
     if module._per_row():
         rows = checked_rows(batch, size, module._count_rows(), module._source)
