@@ -62,6 +62,9 @@ class FusedStep:
         inputs: Those of a step, for shapes.
         options: Arguments of ``torch.compile``.
 
+    Attributes:
+        structure: That of the batches' arguments.
+
     Raises:
         Untraceable: When the optimizer cannot be a part of it.
     """
@@ -74,7 +77,7 @@ class FusedStep:
         options: Mapping[str, Any],
     ) -> None:
         self._program, self._optimizer, self._options = program, optimizer, options
-        self._kind = _kind(optimizer)
+        self._kind, self.structure = _kind(optimizer), inputs.flat.structure
         self._split_parameters()
         self._scalars: dict[Any, torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []
@@ -252,6 +255,7 @@ class FusedStep:
             weight: What multiplies the loss.
         """
         with self._program.without_autocast():
+            self._program.begin_step()
             loss, *changed = self._run(*self._arguments(rows, tensors, weight))
         new = iter(changed)
         for each in self._rows:

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
+from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss
 from pyro_lightning.figures import Figures, StepResult
 from pyro_lightning.fused import FusedStep
@@ -47,6 +49,9 @@ class ManySteps(Figures):
                 # The last part may have another size, and with it another program.
                 alike = [n for n in range(done, count) if parts.rows_of(n) == parts.rows_of(done)]
                 results += self._take_fused(fused, parts, alike, before)
+            if len(results) == done and fused is not None:  # its arguments are never the same twice
+                results.append(self._take_step(parts[done], optimizer))
+                self._step_schedulers("step", before + done)
         return results
 
     def _take_step(self, part: Any, optimizer: Any) -> StepResult:
@@ -62,34 +67,49 @@ class ManySteps(Figures):
         # Several processes average gradients, and a scaler looks at them, between loss and update.
         if self._compiled is None or not self._initialised or self.trainer.world_size > 1:
             return None
+        if self._looks_between():
+            return None
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return None
         if isinstance(part, IndexedBatch) and len(torch.unique(part.rows)) < len(part.rows):
             return None
         return self._compiled.step(self, part, optimizer)
 
+    def _looks_between(self) -> bool:
+        """Whether hooks of the user's, or of a callback, run between loss and update."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        between = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+        mine = [getattr(type(self), name).__module__ for name in (*between, "backward")]
+        return any(not is_library(module) for module in mine) or any(
+            getattr(type(each), name) is not getattr(Callback, name)
+            for each in callbacks
+            for name in between
+        )
+
     def _take_fused(
         self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
     ) -> list[StepResult]:
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
-        inputs = self._inputs_of(parts, numbers)
+        inputs = self._inputs_of(fused, parts, numbers)
         try:
             with torch.no_grad():
-                for number in numbers:
-                    losses.append(fused.step(*next(inputs), weight))
+                for number, (rows, tensors) in zip(numbers, inputs, strict=False):
+                    losses.append(fused.step(rows, tensors, weight))
+                    count_optimizer_steps(self.trainer, 1)
                     self._step_schedulers("step", before + number)
+                    if self.trainer.lr_scheduler_configs and not fused.fits():
+                        break
         finally:
             fused.finish()
-        count_optimizer_steps(self.trainer, len(losses))
-        finite = torch.isfinite(torch.stack(losses)).tolist()
+        finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
         if not all(finite):
             first = finite.index(False)
             self._explain(parts[numbers[first]], losses[first])
         return [StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses]
 
     def _inputs_of(
-        self, parts: "Parts", numbers: list[int]
+        self, fused: FusedStep, parts: "Parts", numbers: list[int]
     ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor]]]:
         """Yield row numbers and tensors of parts, cut at once where no hook may change them."""
         rows: Any = None
@@ -100,8 +120,10 @@ class ManySteps(Figures):
         hooks = type(self).model_inputs, type(self).num_rows
         if hooks != (Runs.model_inputs, Runs.num_rows):
             for number in numbers:
-                tensors = flatten(self.model_inputs(data_of(parts[number]))).tensors
-                yield rows and rows[number], tensors
+                given = flatten(self.model_inputs(data_of(parts[number])))
+                if given.structure != fused.structure:
+                    return  # numbers among the arguments have changed: another graph
+                yield rows and rows[number], given.tensors
             return
         columns = [
             torch.split(tensor, parts.size)

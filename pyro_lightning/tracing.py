@@ -45,7 +45,8 @@ def trace_loss(
         others: What it reads besides.
 
     Raises:
-        Untraceable: When the loss looks at the value of a tensor that depends on its inputs.
+        Untraceable: When the loss looks at the value of a tensor that depends on its inputs, or
+            makes one whose size is a matter of values.
     """
     used: list[bool] = []
 
@@ -60,8 +61,24 @@ def trace_loss(
         return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
     graph = make_graph(both, [*params, *others])
+    _refuse_sizes_of_values(graph)
     constants = _lift_constants(graph)
     return Traced(graph, constants, used)
+
+
+def _refuse_sizes_of_values(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags or not _depends_on_inputs(node):
+            continue
+        # Indexing has the tag as well, for the masks among its indices.
+        is_index = node.target is torch.ops.aten.index.Tensor
+        kinds = {at.meta["val"].dtype for at in node.args[1] if at is not None} if is_index else ()
+        if not is_index or torch.bool in kinds:
+            raise Untraceable(
+                f"{node.target} makes a tensor whose size depends on values of the batch: mask "
+                "rows in place of taking them out"
+            )
 
 
 def _lift_constants(graph: GraphModule) -> list[torch.Tensor]:
