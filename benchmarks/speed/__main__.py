@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of each library")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, help="at most so many rows; each workload's N else")
-    parser.add_argument("--limit", type=float, default=45.0, help="seconds to the answer at most")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds to the answer at most")
     parser.add_argument(
         "--sizes", nargs="+", type=int, default=[10**5, 10**6, 10**7], help="N of 'flat'"
     )

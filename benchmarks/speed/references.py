@@ -1,7 +1,9 @@
 """Full-data posteriors to compare with, computed without variational inference or gradients.
 
 Compared are quantities on the whole real line: the latents, positive ones by their logarithm, and
-in W5 the effects less their mean over flights, which is what the data tell of.
+in W5 the effects less their mean over flights, which is what the data tell of. The three scales of
+W5's effects are left out: of the one over 12 months the posterior is skewed even on its logarithm,
+so that the best Normal has another mean, 0.24 sds off; all else it has within 0.1.
 """
 
 import math
@@ -105,16 +107,15 @@ def flights(arrays: Arrays, constants: Constants, draws: int = 20_000) -> Refere
             spread = linalg.solve_triangular(factor, mean_of_effects.T, lower=True)
             variances.append((spread**2).sum(0))
     scales = np.array(scales)
-    mean = np.concatenate([np.mean(means, 0), scales.mean(0)])
+    mean = np.concatenate([np.mean(means, 0), scales.mean(0)[3:]])
     variance = np.mean(variances, 0) + np.var(means, 0)
-    sd = np.concatenate([np.sqrt(variance), scales.std(0)])
+    sd = np.concatenate([np.sqrt(variance), scales.std(0)[3:]])
 
     def quantities(sites: Sites) -> np.ndarray:
         found = [np.atleast_1d(sites["intercept"]), sites["slope"]]
         for group, share in zip(GROUPS, shares, strict=True):
             effect = sites[f"{group}_effect"]
             found.append(effect - share @ effect)
-        found += [np.log([sites[f"{group}_tau"] for group in GROUPS])]
         return np.concatenate([*found, np.log([sites["sigma"]])])
 
     return Reference(mean, sd, quantities)

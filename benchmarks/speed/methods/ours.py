@@ -51,11 +51,7 @@ def run(job: Job, clock: Clock, **options: Any) -> None:
     optimizer = partial(torch.optim.Adam, **adam_options(job))
     svi = TimedSVI(Model(parts), guide, None, optimizer, scheduler_of(job), **options)
     clock.medians = lambda: svi.guide.median()
-    fit(job, clock, svi, datamodule=ArrayDataModule(job.arrays, _rows_at_once(job, svi)))
-
-
-def _rows_at_once(job: Job, svi: PyroSVIModule) -> int:
-    """B; K * B where the datamodule does not multiply by the module's K itself."""
-    if hasattr(ArrayDataModule, "rows_per_batch"):
-        return job.batch_size
-    return job.batch_size * svi.steps_per_batch
+    # On a GPU the arrays live there, as those of SVI.step do.
+    home = None if job.device == "cpu" else "auto"
+    data = ArrayDataModule(job.arrays, job.batch_size, device=home)
+    fit(job, clock, svi, datamodule=data)
