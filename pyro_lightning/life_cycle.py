@@ -1,7 +1,8 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
 
+# What Lightning ignores of a scheduler, with a warning, where optimization is manual.
+_OURS = ("reduce_on_plateau", "monitor", "strict")
+
 
 class LifeCycle(Runs):
     """What a ``PyroSVIModule`` does before its first step."""
@@ -47,6 +51,7 @@ class LifeCycle(Runs):
     _given_size: int | None
     _checks: bool
     steps_per_batch: int = 1
+    _watched: Mapping[str, Any] = MappingProxyType({})
     _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
@@ -218,4 +223,7 @@ class LifeCycle(Runs):
         scheduler = self._lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
+        if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):
+            self._watched = {key: scheduler[key] for key in _OURS if key in scheduler}
+            scheduler = {key: item for key, item in scheduler.items() if key not in _OURS}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}

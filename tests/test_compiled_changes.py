@@ -229,3 +229,11 @@ def test_a_second_fit_on_other_data_has_its_own_size():
         if options:
             assert svi._compiled.compilations == 2
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-5, atol=0)
+
+
+def test_one_batch_that_always_comes_again_is_compiled_and_others_are_compared_then():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    assert_equal_steps(svi, eager, [regression_batch(0)] * 5, 1e-6, 1e-5)
+    assert is_compiled(svi)
+    assert_equal_steps(svi, eager, batches(1), 1e-6, 1e-5)
+    assert svi._compiled.compilations == 1
