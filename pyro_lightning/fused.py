@@ -255,6 +255,7 @@ class FusedStep:
             weight: What multiplies the loss.
         """
         with self._program.without_autocast():
+            self._program.begin_step()
             loss, *changed = self._run(*self._arguments(rows, tensors, weight))
         new = iter(changed)
         for each in self._rows:

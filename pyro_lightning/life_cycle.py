@@ -20,7 +20,6 @@ from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
     params_of_shorter,
-    reads_rows_of_plate,
     rows_of_sites,
     run_once,
     run_shorter,
@@ -30,9 +29,10 @@ from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
+from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
 from pyro_lightning.row_optim import rowwise
-from pyro_lightning.row_params import check_param_growth, check_param_rows
+from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
@@ -95,7 +95,7 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
-            self._check_params(batch, handled, in_model, in_guide, counted)
+            self._check_params(batch, handled, in_model, in_guide, plates, counted)
         sites = in_model.sites, in_guide.sites
         self._masks = find_masked(self, batch, handled, *sites, self._checks)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
@@ -110,6 +110,7 @@ class LifeCycle(Runs):
         handled: Callable[[Any], Callable[..., Any]],
         in_model: DataPlateMessenger,
         in_guide: DataPlateMessenger,
+        plates: set[str],
         counted: bool,
     ) -> None:
         params = [*in_model.params, *in_guide.params]
@@ -118,8 +119,7 @@ class LifeCycle(Runs):
         if counted and rows > 1:
             run = partial(params_of_shorter, self, batch, handled)
             check_param_growth(params, in_model.sites + in_guide.sites, of_rows, rows, run)
-        reads = partial(reads_rows_of_plate, self, batch, handled, sites)
-        check_param_rows(params, of_rows, self._count_rows(), rows, reads)
+            check_places(self, batch, handled, sites, plates.difference(self._columns))
 
     def _settle_masks(self, batch: Any) -> None:
         """Decide about masks that left nothing out before, on the first batch where they do."""

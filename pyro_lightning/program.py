@@ -140,8 +140,14 @@ class Program:
         used = [p for p, is_used in zip(free, self.traced.used, strict=True) if is_used]
         values = [*(p.detach() for p in free), *others, *self.traced.constants]
         with self.without_autocast():
+            self.begin_step()
             loss = _Compiled.apply(self.run, values, *used)  # type: ignore[no-untyped-call]
         return loss  # type: ignore[no-any-return]
+
+    def begin_step(self) -> None:
+        """Tell CUDA graphs, where there are some, that the last results may be overwritten."""
+        if self._device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def without_autocast(self) -> Any:
         """Make the context in which the graph runs, which holds autocast's conversions itself."""
@@ -156,7 +162,9 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Any, values: Any, *used: torch.Tensor) -> torch.Tensor:
         loss, *ctx.grads = run(*values)
-        return loss  # type: ignore[no-any-return]
+        # CUDA graphs write the next step's loss to the same place; autograd takes the gradients
+        # before that.
+        return loss.clone() if loss.is_cuda else loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -135,6 +135,8 @@ class Runs(RowHooks, ModelOwner):
         def hides(holder: Any, name: str) -> bool:
             if holder is not self:
                 return False
+            if name == "_ddp_params_and_buffers_to_ignore":
+                return True
             if name in ("training", "_hparams"):  # `hparams` is a property of Lightning's
                 return False
             return name in self._names_of_library or (read is not None and name not in read)

@@ -97,7 +97,8 @@ class ManySteps(Figures):
             with torch.no_grad():
                 for number in numbers:
                     rows, given, structure = next(inputs)
-                    if structure != fused.structure or not fused.fits():
+                    changed = bool(self.trainer.lr_scheduler_configs) and not fused.fits()
+                    if structure != fused.structure or changed:
                         break  # another graph: numbers among the arguments, or in the optimizer
                     losses.append(fused.step(rows, given, weight))
                     count_optimizer_steps(self.trainer, 1)
