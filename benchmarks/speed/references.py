@@ -1,9 +1,9 @@
 """Full-data posteriors to compare with, computed without variational inference or gradients.
 
 Compared are quantities on the whole real line: the latents, positive ones by their logarithm, and
-in W5 the effects less their mean over flights, which is what the data tell of. The scale of the effects
-of 12 months is left out: its posterior is skewed even on the logarithm, so that the best Normal has
-another mean, 0.21 sds off. After 36,000 steps that guide has all else within 0.07.
+in W5 the effects less their mean over flights, which is what the data tell of. The scale of the
+effects of 12 months is left out: its posterior is skewed even on the logarithm, so that the best
+Normal has another mean, 0.21 sds off. After 36,000 steps that guide has all else within 0.07.
 """
 
 import math
