@@ -1,9 +1,9 @@
 """Full-data posteriors to compare with, computed without variational inference or gradients.
 
 Compared are quantities on the whole real line: the latents, positive ones by their logarithm, and
-in W5 the effects less their mean over flights, which is what the data tell of. The three scales of
-W5's effects are left out: of the one over 12 months the posterior is skewed even on its logarithm,
-so that the best Normal has another mean, 0.24 sds off; all else it has within 0.1.
+in W5 the effects less their mean over flights, which is what the data tell of. The scale of the
+effects of 12 months is left out: its posterior is skewed even on the logarithm, so that the best
+Normal has another mean, 0.21 sds off. After 36,000 steps that guide has all else within 0.07.
 """
 
 import math
@@ -17,6 +17,7 @@ from benchmarks.speed.workloads.base import Arrays, Constants
 from benchmarks.speed.workloads.flights import GROUPS
 
 Sites = dict[str, np.ndarray]
+KEPT = [0, 1, 3]  # of the scales of carriers, destinations, months, and the noise
 
 
 class Reference(NamedTuple):
@@ -107,16 +108,17 @@ def flights(arrays: Arrays, constants: Constants, draws: int = 20_000) -> Refere
             spread = linalg.solve_triangular(factor, mean_of_effects.T, lower=True)
             variances.append((spread**2).sum(0))
     scales = np.array(scales)
-    mean = np.concatenate([np.mean(means, 0), scales.mean(0)[3:]])
+    mean = np.concatenate([np.mean(means, 0), scales.mean(0)[KEPT]])
     variance = np.mean(variances, 0) + np.var(means, 0)
-    sd = np.concatenate([np.sqrt(variance), scales.std(0)[3:]])
+    sd = np.concatenate([np.sqrt(variance), scales.std(0)[KEPT]])
 
     def quantities(sites: Sites) -> np.ndarray:
         found = [np.atleast_1d(sites["intercept"]), sites["slope"]]
         for group, share in zip(GROUPS, shares, strict=True):
             effect = sites[f"{group}_effect"]
             found.append(effect - share @ effect)
-        return np.concatenate([*found, np.log([sites["sigma"]])])
+        scales = [*(sites[f"{group}_tau"] for group in GROUPS), sites["sigma"]]
+        return np.concatenate([*found, np.log(scales)[KEPT]])
 
     return Reference(mean, sd, quantities)
 

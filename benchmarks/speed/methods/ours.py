@@ -53,5 +53,6 @@ def run(job: Job, clock: Clock, **options: Any) -> None:
     clock.medians = lambda: svi.guide.median()
     # On a GPU the arrays live there, as those of SVI.step do.
     home = None if job.device == "cpu" else "auto"
-    data = ArrayDataModule(job.arrays, job.batch_size, device=home)
+    # The smaller last batch is left out, as by NumPyro here: it would be compiled by itself.
+    data = ArrayDataModule(job.arrays, job.batch_size, device=home, drop_last=True)
     fit(job, clock, svi, datamodule=data)
