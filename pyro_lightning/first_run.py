@@ -1,6 +1,6 @@
 """One run of guide and model on a batch, for the record of the sites that run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,12 @@ from pyro_lightning.indexed_params import indexed_params
 from pyro_lightning.initial_rows import set_initial_rows
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
-from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
+from pyro_lightning.reads_data import (
+    repeated_latents,
+    repeated_row,
+    row_dims,
+    sites_that_read_data,
+)
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
@@ -78,6 +83,43 @@ def run_shorter(module: Any, batch: Any, handled: Handled, values: Messenger) ->
         handled(module.model)(*args, **kwargs)
     sites: list[Any] = met.sites
     return sites
+
+
+def run_alike(
+    module: Any,
+    batch: Any,
+    handled: Handled,
+    sites: list[Any],
+    plates: Collection[str],
+    count: int,
+    seed: int,
+) -> list[Any]:
+    """Run the model on copies of the first row, with latents of equal values, from a seed.
+
+    Args:
+        module: A ``PyroSVIModule``.
+        batch: A batch of it.
+        handled: What keeps the parameters of model and guide the module's own.
+        sites: Messages of the sites of one run of the model.
+        plates: Names of the plates over the rows of a batch.
+        count: How many rows.
+        seed: The seed.
+    """
+    data = data_of(batch)
+    alike = repeated_row(data, module.num_rows(data), count)
+    args, kwargs = module.model_inputs(alike)
+    chosen = ChosenBatch(alike, torch.zeros(count, dtype=torch.long))
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        module._rows_of(chosen, count),
+        ShortenedValues(repeated_latents(sites, plates)),
+        module._handler(count)() as met,
+    ):
+        torch.manual_seed(seed)
+        handled(module.model)(*args, **kwargs)
+    found: list[Any] = met.sites
+    return found
 
 
 def globals_of_data(

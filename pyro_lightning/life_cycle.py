@@ -21,9 +21,11 @@ from pyro_lightning.first_run import (
     indexed_by_data,
     params_of_shorter,
     rows_of_sites,
+    run_alike,
     run_once,
     run_shorter,
 )
+from pyro_lightning.growth import check_latents_of_no_plate, check_totals
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
@@ -95,6 +97,8 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
+            if counted and in_model.batch_size > 1:
+                self._check_growth(batch, handled, in_model, plates)
             self._check_params(batch, handled, in_model, in_guide, plates, counted)
         sites = in_model.sites, in_guide.sites
         self._masks = find_masked(self, batch, handled, *sites, self._checks)
@@ -103,6 +107,22 @@ class LifeCycle(Runs):
             loss = self._networks.settled(in_model.sites, lambda: self._run(batch).loss)
             check_leaves(loss, self)
         self._indexed = indexed_by_data(self, batch) if self._checks and counted else ()
+
+    def _check_growth(
+        self,
+        batch: Any,
+        handled: Callable[[Any], Callable[..., Any]],
+        in_model: DataPlateMessenger,
+        plates: set[str],
+    ) -> None:
+        sites, rows = in_model.sites, in_model.batch_size
+        over_rows = plates.difference(self._columns)
+        alike = partial(run_alike, self, batch, handled, sites, over_rows)
+        if in_model.scaled_observations:
+            names = set(in_model.plates).union(plates)
+            check_totals(sites, names, in_model.scale_sites, rows, alike)
+        else:
+            check_latents_of_no_plate(self.guide, sites, plates, rows, alike)
 
     def _check_params(
         self,

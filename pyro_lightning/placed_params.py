@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyro_lightning.analytic_kl import point_of
-from pyro_lightning.reads_data import repeated_row
+from pyro_lightning.reads_data import repeated_latents, repeated_row, row_dim
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
@@ -94,7 +94,7 @@ def _densities(
     # Parameters of each row are read at one row, too.
     batch = ChosenBatch(alike, batch.rows[:1].expand(rows))
     for part, ran in zip((module.model, module.guide), sites, strict=True):
-        values = {s["name"]: _repeated(s, plates) for s in ran if not s["is_observed"]}
+        values = repeated_latents(ran, plates)
         runs = []
         for seed in range(2):
             met = module._handler(rows)()
@@ -114,28 +114,9 @@ def _densities(
                 yield one
 
 
-def _repeated(site: Any, plates: Collection[str]) -> Any:
-    """A latent's value, that of the first row in every row's place."""
-    value, dim = site["value"], _row_dim(site, plates)
-    if dim is None or value.dim() < site["fn"].event_dim - dim:
-        return value
-    at = dim - site["fn"].event_dim
-    return value.narrow(at, 0, 1).expand_as(value).clone()
-
-
-def _row_dim(site: Any, plates: Collection[str]) -> int | None:
-    """The dimension of the rows in a site's batch shape, from the right."""
-    if not hasattr(site["fn"], "event_dim"):
-        return None
-    for frame in site["cond_indep_stack"]:
-        if frame.name in plates and frame.dim is not None:
-            return int(frame.dim)
-    return None
-
-
 def _by_row(site: Any, plates: Collection[str], rows: int) -> torch.Tensor | None:
     """Sum a site's log-density, or the point that it is, for each row."""
-    dim = _row_dim(site, plates)
+    dim = row_dim(site, plates)
     if dim is None or site["infer"].get("_deterministic"):
         return None
     point = point_of(site["fn"])
