@@ -182,7 +182,9 @@ class PyroSVIModule(ManySteps):
             )
         if self._compiled is not None and torch.is_grad_enabled() and not held_out:
             loss = self._compiled.loss(self, batch)
-            if loss is not None and torch.isfinite(loss):
+            if loss is not None:
+                if not torch.isfinite(loss):
+                    self._explain(batch, loss)
                 return loss, self._whole
         estimate = self._run(batch, held_out)
         # Without data plate a model either scales itself, or its loss is its batch's alone.
