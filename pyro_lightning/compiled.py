@@ -62,6 +62,7 @@ class _Entry:
         self.fused: FusedStep | None = None
         self.optimizer: Any = None
         self.made = 0
+        self.waits = False  # for a step that is compiled whole
 
     def parameters_changed(self) -> str | None:
         """Say so when parameters are of another kind than in the trace."""
@@ -114,6 +115,9 @@ class CompiledLoss:
             entry = self._entry(module, inputs)
             if not self._may_be_used(module, batch, inputs, entry):
                 return None
+            if entry.waits and not entry.compiled:
+                entry.waits = False
+                return None
             with _failing(entry):
                 assert entry.program is not None
                 if not entry.compiled:
@@ -146,10 +150,10 @@ class CompiledLoss:
         if entry.optimizer is not optimizer:
             entry.optimizer, entry.made = optimizer, 0
         entry.fused = None
-        # A new optimizer's first step is eager, and makes its state.
-        if not is_served(optimizer) or not has_state(entry.program, optimizer):
+        if not is_served(optimizer) or entry.made >= _MOST_FUSED:
             return None
-        if entry.made >= _MOST_FUSED:
+        if not has_state(entry.program, optimizer):
+            entry.waits = True  # a new optimizer's first step is eager, and makes its state
             return None
         entry.made += 1
         self.compilations += 1
@@ -188,6 +192,7 @@ class CompiledLoss:
                 "what changes a tensor, such as a buffer, which compiled code reads at each step"
             )
         guards = find_guards([module.model, module.guide, module.elbo], module._hides())
+        guards += module._counters()
         self._entries.append(_Entry(inputs.key, guards))
         return self._entries[-1]
 
@@ -204,8 +209,7 @@ class CompiledLoss:
             return False
         # Values that were read of the batch hold for this very batch, such as one of all N rows.
         same = all(map(torch.equal, entry.traced_on, inputs.flat.tensors))
-        # A step that is to be one call asks twice with the batch of the trace.
-        if same and (entry.compared or entry.uses == 2):
+        if same and (entry.compared or entry.uses < 3):  # one step may ask twice
             return entry.compared
         parameters = trained(module)
         expected = of_eager(module, batch, parameters)  # whose errors are the user's

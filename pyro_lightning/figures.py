@@ -107,8 +107,9 @@ class Figures(LifeCycle):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of a validation at the optimizer's step."""
-        if self.steps_per_batch > 1 and self.trainer.training:
-            self._log_position(self.trainer.global_step)
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if self.steps_per_batch > 1 and fitting:
+            self._log_position(self.trainer.global_step - 1)
 
     def _log_position(self, step: int) -> None:
         # Lightning takes a logged "step" for the x-axis in place of its count of loader batches.

@@ -1,23 +1,27 @@
 """One run of guide and model on a batch, for the record of the sites that run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from torch.distributions import constraints, transform_to
 
 from pyro_lightning.batches import first_rows
 from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
-from pyro_lightning.handlers import DataPlateMessenger, is_subsample
+from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import indexed_params
 from pyro_lightning.initial_rows import set_initial_rows
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
-from pyro_lightning.reads_data import repeated_row, row_dims, sites_that_read_data
+from pyro_lightning.reads_data import (
+    repeated_latents,
+    repeated_row,
+    row_dims,
+    sites_that_read_data,
+)
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
@@ -81,6 +85,43 @@ def run_shorter(module: Any, batch: Any, handled: Handled, values: Messenger) ->
     return sites
 
 
+def run_alike(
+    module: Any,
+    batch: Any,
+    handled: Handled,
+    sites: list[Any],
+    plates: Collection[str],
+    count: int,
+    seed: int,
+) -> list[Any]:
+    """Run the model on copies of the first row, with latents of equal values, from a seed.
+
+    Args:
+        module: A ``PyroSVIModule``.
+        batch: A batch of it.
+        handled: What keeps the parameters of model and guide the module's own.
+        sites: Messages of the sites of one run of the model.
+        plates: Names of the plates over the rows of a batch.
+        count: How many rows.
+        seed: The seed.
+    """
+    data = data_of(batch)
+    alike = repeated_row(data, module.num_rows(data), count)
+    args, kwargs = module.model_inputs(alike)
+    chosen = ChosenBatch(alike, torch.zeros(count, dtype=torch.long))
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        module._rows_of(chosen, count),
+        ShortenedValues(repeated_latents(sites, plates)),
+        module._handler(count)() as met,
+    ):
+        torch.manual_seed(seed)
+        handled(module.model)(*args, **kwargs)
+    found: list[Any] = met.sites
+    return found
+
+
 def globals_of_data(
     module: Any, batch: Any, handled: Handled, guide_sites: list[Any]
 ) -> tuple[str, ...]:
@@ -117,72 +158,6 @@ def rows_of_sites(
     dims = row_dims(guide_sites, module._sites_of_data, module._row_plates())
     reading = sites_that_read_data(module, batch, handled, guide_sites, dims)
     return {name: dim for name, dim in dims.items() if name not in reading}
-
-
-def reads_rows_of_plate(
-    module: Any, batch: Any, handled: Handled, sites: tuple[list[Any], list[Any]], param: str
-) -> bool:
-    """Whether model or guide reads a parameter at the row numbers that a data plate was given here.
-
-    They are those of the batch, 0 to B-1, and run backwards for comparison, with entries of the
-    parameter that differ from row to row.
-
-    Args:
-        module: A ``PyroSVIModule``.
-        batch: A batch of it.
-        handled: What keeps the parameters of model and guide the module's own.
-        sites: Messages of the sites of one run of the model, and of one of the guide.
-        param: Name of the parameter.
-    """
-    inputs = module.model_inputs(data_of(batch))
-    size = module._count_rows()
-    spread = _SpreadMessenger(param, size)
-    turned = _BackwardsMessenger(module._row_plates(), module.num_rows(data_of(batch)))
-    for part, its_sites in zip((module.model, module.guide), sites, strict=True):
-        one, other = (
-            _run_again(module, batch, partial(_under, each, handled), part, its_sites, inputs)
-            for each in ([spread], [spread, turned])
-        )
-        if _changed(one, other):
-            return True
-    return False
-
-
-def _under(handlers: list[Messenger], handled: Handled, fn: Any) -> Callable[..., Any]:
-    run: Callable[..., Any] = handled(fn)
-    for handler in handlers:
-        run = handler(run)
-    return run
-
-
-class _BackwardsMessenger(Messenger):
-    """Gives a data plate that would draw its rows those of the batch, the last one first."""
-
-    def __init__(self, plates: list[str], rows: int) -> None:
-        super().__init__()
-        self.plates, self.rows = plates, rows
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_subsample(msg) and msg["value"] is None and msg["name"] in self.plates:
-            msg["value"] = torch.arange(self.rows, device=msg["fn"].device).flip(0)
-
-
-class _SpreadMessenger(Messenger):
-    """Lets the entries of a parameter differ a little from row to row, within its constraint."""
-
-    def __init__(self, param: str, size: int) -> None:
-        super().__init__()
-        self.param, self.size = param, size
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        if msg["name"] == self.param:
-            value = msg["value"]
-            transform = transform_to(msg["kwargs"].get("constraint") or constraints.real)
-            free = transform.inv(value)
-            dim = next((d for d, n in enumerate(free.shape) if n == self.size), None)
-            if dim is not None:
-                steps = torch.linspace(0.0, 1.0, self.size, dtype=free.dtype, device=free.device)
-                msg["value"] = transform(free + steps.reshape(-1, *[1] * (free.dim() - dim - 1)))
 
 
 def _run_again(

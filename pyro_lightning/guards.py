@@ -2,12 +2,14 @@
 
 import inspect
 import sys
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +18,7 @@ from pyro_lightning.closures import LONGEST, bound_cells, is_library, loads
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 # Packages whose objects a model may hold, and whose insides it does not change.
 _OTHERS = {"pandas", "scipy", "sklearn", "matplotlib", "jax", "numpyro", "rich", "torchmetrics"}
+_DATA = (*_SCALARS, torch.Tensor, np.ndarray, dict, list, tuple, set)
 _MISSING = object()
 
 
@@ -62,9 +65,9 @@ def find_guards(
 ) -> list[Guard]:
     """List the Python state that functions and modules can reach, with its values.
 
-    Attributes, globals, closures, defaults, dicts and short lists are looked through. Tensors and
-    arrays are watched for being replaced; their contents are not looked at. What a library keeps in
-    its own objects is left out.
+    Attributes, globals, closures, defaults, dicts, sets, short lists and small arrays are looked
+    through. Tensors and large arrays are watched for being replaced; the contents of tensors are
+    inputs of a trace. What a library keeps in its own objects is left out.
 
     Args:
         roots: Functions, modules, other objects.
@@ -107,16 +110,22 @@ def _places(name: str, value: Any, hidden: Callable[[Any, str], bool]) -> Iterat
             return
         if isinstance(value, dict):
             yield from _of_dict(name, value)
+            yield f"len({name})", partial(_length, value), None, len(value)
             return
         read = partial(_item, value) if isinstance(value, list) else None
         for number, item in enumerate(value):
             yield f"{name}[{number}]", read, number, item
         if isinstance(value, list):
             yield f"len({name})", partial(_length, value), None, len(value)
+    elif isinstance(value, set | np.ndarray):
+        if (len(value) if isinstance(value, set) else value.size) <= LONGEST:
+            yield name, partial(_contents, value), None, _contents(value, None)
     elif isinstance(value, nn.Module):
         yield from _of_dict(name, value._modules)
         yield from _of_object(name, value, hidden)
-    elif not isinstance(value, type | ModuleType) and not _of_others(type(value)):
+    elif isinstance(value, SimpleNamespace | Namespace) or not (
+        isinstance(value, type | ModuleType) or _of_others(type(value))
+    ):
         yield from _of_object(name, value, hidden)
 
 
@@ -124,8 +133,16 @@ def _item(values: list[Any], index: int) -> Any:
     return values[index] if index < len(values) else _MISSING
 
 
-def _length(values: list[Any], _: None) -> int:
+def _length(values: list[Any] | dict[Any, Any], _: None) -> int:
     return len(values)
+
+
+def _contents(values: Any, _: None) -> Any:
+    return values.tobytes() if isinstance(values, np.ndarray) else str(sorted(map(repr, values)))
+
+
+def _slot(holder: Any, key: str) -> Any:
+    return getattr(holder, key, _MISSING)
 
 
 def _content(cell: Any, _: None) -> Any:
@@ -176,6 +193,13 @@ def _of_object(name: str, value: Any, hidden: Callable[[Any, str], bool]) -> Ite
             for key, item in list(vars(base).items()):
                 if not key.startswith("__") or isinstance(item, FunctionType):
                     yield key, vars(base).get, key, item
+                # A default, which an attribute of the object's own may come to hide.
+                if isinstance(item, _DATA) and not key.startswith("__") and key not in attributes:
+                    if not hidden(value, key):
+                        yield (f"{name}.{key}" if name else key), attributes.get, key, None
+            slots = vars(base).get("__slots__", ())
+            for key in (slots,) if isinstance(slots, str) else slots:
+                yield f"{name}.{key}", partial(_slot, value), key, _slot(value, key)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}

@@ -1,7 +1,8 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,24 +20,29 @@ from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
     params_of_shorter,
-    reads_rows_of_plate,
     rows_of_sites,
+    run_alike,
     run_once,
     run_shorter,
 )
+from pyro_lightning.growth import check_latents_of_no_plate, check_totals
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
+from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
 from pyro_lightning.row_optim import rowwise
-from pyro_lightning.row_params import check_param_growth, check_param_rows
+from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
+
+# What Lightning ignores of a scheduler, with a warning, where optimization is manual.
+_OURS = ("reduce_on_plateau", "monitor", "strict")
 
 
 class LifeCycle(Runs):
@@ -47,6 +53,7 @@ class LifeCycle(Runs):
     _given_size: int | None
     _checks: bool
     steps_per_batch: int = 1
+    _watched: Mapping[str, Any] = MappingProxyType({})
     _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
@@ -90,7 +97,9 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
-            self._check_params(batch, handled, in_model, in_guide, counted)
+            if counted and in_model.batch_size > 1:
+                self._check_growth(batch, handled, in_model, plates)
+            self._check_params(batch, handled, in_model, in_guide, plates, counted)
         sites = in_model.sites, in_guide.sites
         self._masks = find_masked(self, batch, handled, *sites, self._checks)
         explained = explained_scales(in_model.sites, in_guide.sites, self.elbo, plates)
@@ -99,12 +108,29 @@ class LifeCycle(Runs):
             check_leaves(loss, self)
         self._indexed = indexed_by_data(self, batch) if self._checks and counted else ()
 
+    def _check_growth(
+        self,
+        batch: Any,
+        handled: Callable[[Any], Callable[..., Any]],
+        in_model: DataPlateMessenger,
+        plates: set[str],
+    ) -> None:
+        sites, rows = in_model.sites, in_model.batch_size
+        over_rows = plates.difference(self._columns)
+        alike = partial(run_alike, self, batch, handled, sites, over_rows)
+        if in_model.scaled_observations:
+            names = set(in_model.plates).union(plates)
+            check_totals(sites, names, in_model.scale_sites, rows, alike)
+        else:
+            check_latents_of_no_plate(self.guide, sites, plates, rows, alike)
+
     def _check_params(
         self,
         batch: Any,
         handled: Callable[[Any], Callable[..., Any]],
         in_model: DataPlateMessenger,
         in_guide: DataPlateMessenger,
+        plates: set[str],
         counted: bool,
     ) -> None:
         params = [*in_model.params, *in_guide.params]
@@ -113,8 +139,7 @@ class LifeCycle(Runs):
         if counted and rows > 1:
             run = partial(params_of_shorter, self, batch, handled)
             check_param_growth(params, in_model.sites + in_guide.sites, of_rows, rows, run)
-        reads = partial(reads_rows_of_plate, self, batch, handled, sites)
-        check_param_rows(params, of_rows, self._count_rows(), rows, reads)
+            check_places(self, batch, handled, sites, plates.difference(self._columns))
 
     def _settle_masks(self, batch: Any) -> None:
         """Decide about masks that left nothing out before, on the first batch where they do."""
@@ -151,7 +176,9 @@ class LifeCycle(Runs):
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._identities = known or getattr(datamodule, "identities", None)
         if batch is not None:
-            self._initialise(batch)
+            # A step makes its tensors in the precision of the Trainer, and so does this run.
+            with self.trainer.precision_plugin.tensor_init_context():
+                self._initialise(batch)
         if training:
             self._number_rows(source)
 
@@ -218,4 +245,7 @@ class LifeCycle(Runs):
         scheduler = self._lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
+        if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):
+            self._watched = {key: scheduler[key] for key in _OURS if key in scheduler}
+            scheduler = {key: item for key, item in scheduler.items() if key not in _OURS}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}

@@ -62,7 +62,8 @@ class PyroSVIModule(ManySteps):
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows. Sizes, parameters that would not train, a likelihood that is not
-            scaled, and losses that are not finite are errors in any case.
+            scaled, an ELBO that no batch can estimate, and losses that are not finite are errors in
+            any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
             what cannot be compiled is an error and not a warning; or a dict of ``torch.compile``'s
             options. See :class:`pyro_lightning.compiled.CompiledLoss`.

@@ -240,9 +240,7 @@ class LocalParamMessenger(Messenger):
         return None
 
     def _pyro_param(self, msg: Any) -> None:
-        # PyroModules announce their own parameters by a stand-in function; only a bare statement
-        # asks the global store.
-        if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store() or msg["done"]:
+        if msg["done"] or not is_statement(msg):
             return
         name, *rest = msg["args"]
         init = rest[0] if rest else msg["kwargs"].get("init_tensor")
@@ -255,6 +253,14 @@ class LocalParamMessenger(Messenger):
             # The plate would take its rows of a value that holds those of the batch alone.
             msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
         msg["done"] = True
+
+
+def is_statement(msg: Any) -> bool:
+    """Whether a message is that of a ``pyro.param`` statement, and no PyroModule's own parameter.
+
+    PyroModules announce theirs by a stand-in function; only a bare statement asks the global store.
+    """
+    return getattr(msg["fn"], "__self__", None) is pyro.get_param_store()
 
 
 def trainable_leaves(loss: torch.Tensor) -> list[torch.Tensor]:

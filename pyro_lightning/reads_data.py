@@ -123,3 +123,32 @@ def row_dims(
                 if dim >= 0 and site["value"].shape[dim] == frame.size:
                     found[site["name"]] = dim
     return found
+
+
+def row_dim(site: Any, plates: Collection[str]) -> int | None:
+    """Find the dimension of the rows, from the right, in a site's batch shape."""
+    if not hasattr(site["fn"], "event_dim"):
+        return None
+    for frame in site["cond_indep_stack"]:
+        if frame.name in plates and frame.dim is not None:
+            return int(frame.dim)
+    return None
+
+
+def repeated_latents(sites: Sequence[Any], plates: Collection[str]) -> dict[str, Any]:
+    """Give each latent the value that it had, of rows that of the first in every row's place.
+
+    Args:
+        sites: Messages of the sites of one run.
+        plates: Names of the plates over the rows of a batch.
+    """
+    values = {}
+    for site in sites:
+        if site["is_observed"]:
+            continue
+        value, dim = site["value"], row_dim(site, plates)
+        if dim is not None and value.dim() >= site["fn"].event_dim - dim:
+            at = dim - site["fn"].event_dim
+            value = value.narrow(at, 0, 1).expand_as(value).clone()
+        values[site["name"]] = value
+    return values

@@ -6,8 +6,15 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 
+from pyro_lightning.params import is_statement
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
+
+_REMEDY = (
+    "compute it from the row by a network; or give it one entry for each of all N rows, by "
+    "pyro.param(name, value, event_dim=...) inside the data plate, with batches that tell their "
+    "rows"
+)
 
 
 def check_param_growth(
@@ -39,57 +46,27 @@ def check_param_growth(
         if isinstance(param["value"], torch.Tensor)
         and rows in param["value"].shape
         and param["name"] not in of_rows
+        and is_statement(param)  # a PyroModule's own parameter is of one size
     }
     if not suspects:
         return
     latents = {site["name"]: site["value"] for site in sites if not site["is_observed"]}
-    again = run_shorter(ShortenedValues(latents))
+    try:
+        again = run_shorter(ShortenedValues(latents))
+    except Exception as error:
+        name, shape = next(iter(suspects.items()))
+        raise ValueError(
+            f"pyro.param('{name}') has shape {shape} with B = {rows} rows in the batch; whether it "
+            f"holds parameters of these rows is not known, since model and guide do not run on "
+            f"{rows - 1} rows ({type(error).__name__}: {error}). If it does, {_REMEDY}. If its "
+            "size is B by chance, let model and guide take any number of rows, as a smaller last "
+            f"batch needs, or pass checks=False. {SEE_TABLE}"
+        ) from error
     for name, shape in suspects.items():
         now = again.get(name, shape)
         if now != shape:
             raise ValueError(
                 f"pyro.param('{name}') has shape {shape} with {rows} rows in the batch and {now} "
                 f"with {rows - 1}: it would hold parameters of the first batch's rows, and take "
-                "them for other rows in the next. Compute it from the row by a network; or give it "
-                "one entry for each of all N rows, by pyro.param(name, value, event_dim=...) "
-                f"inside the data plate, with batches that tell their rows. {SEE_TABLE}"
-            )
-
-
-def check_param_rows(
-    params: Iterable[Any],
-    of_rows: Collection[str],
-    identities: int,
-    rows: int,
-    reads_rows: Callable[[str], bool],
-) -> None:
-    """Check that no parameter of all N rows is read at the row numbers that a plate was given.
-
-    ``with pyro.plate("data", N, subsample_size=len(x)) as i`` draws rows in Pyro; here the batch
-    holds them, and ``i`` counts within it.
-
-    Args:
-        params: Messages of the ``pyro.param`` statements of one run.
-        of_rows: Names of parameters that are read at the batch's own row numbers.
-        identities: How many rows there are.
-        rows: B.
-        reads_rows: Whether the run reads a parameter at the plate's row numbers.
-
-    Raises:
-        ValueError: Naming the parameter.
-    """
-    if rows == identities:
-        return
-    for param in params:
-        value, name = param["value"], param["name"]
-        if not isinstance(value, torch.Tensor) or name in of_rows:
-            continue
-        if identities in value.shape and reads_rows(name):
-            raise ValueError(
-                f"parameter '{name}' (shape {tuple(value.shape)}) has one entry for each of "
-                f"{identities} rows, and is read at the data plate's row numbers, which count "
-                "within the batch, 0 to B-1. Write pyro.param(name, value, event_dim=...) "
-                "inside the plate, with batches that tell their rows (ArrayDataModule, "
-                "IndexedDataset); or let the batch hold its row numbers, and give them to the "
-                f"plate: pyro.plate(..., N, subsample=rows). {SEE_TABLE}"
+                f"them for other rows in the next. Instead, {_REMEDY}. {SEE_TABLE}"
             )

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import batch_arguments, count_rows
 from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
-from pyro_lightning.guards import names_read
+from pyro_lightning.guards import Guard, names_read
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.masked_latents import KEPT, open_masks
@@ -113,14 +113,24 @@ class Runs(RowHooks, ModelOwner):
 
     _names_of_library: frozenset[str] = frozenset()
 
+    def _read_names(self) -> frozenset[str] | None:
+        parts = [self.model, self.guide]
+        functions = [type(p).forward if isinstance(p, nn.Module) else p for p in parts]
+        return names_read(self, functions)
+
+    def _counters(self) -> list[Guard]:
+        """Watch the Trainer's counts where model or guide reads them, as to anneal a term."""
+        names = self._read_names() or frozenset()
+        every = "trainer" in names or "_trainer" in names
+        counts = [name for name in ("current_epoch", "global_step") if every or name in names]
+        return [Guard(name, partial(getattr, self), name, getattr(self, name)) for name in counts]
+
     def _hides(self) -> Callable[[Any, str], bool]:
         """Tell which attributes of this module are no state of model and guide.
 
         Lightning and this library keep theirs here as well, and a user's hooks count steps.
         """
-        parts = [self.model, self.guide]
-        functions = [type(p).forward if isinstance(p, nn.Module) else p for p in parts]
-        read = names_read(self, functions)
+        read = self._read_names()
 
         def hides(holder: Any, name: str) -> bool:
             if holder is not self:

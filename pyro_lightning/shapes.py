@@ -151,7 +151,7 @@ def check_growth(
             f"{described(site)} stands outside the data plate and has a dimension of B = {rows}; "
             f"whether it grows with the batch is not known, since the model does not run on "
             f"{rows - 1} rows ({type(error).__name__}: {error}). If it grows, "
-            f"{_into_plate(site, plates)}. If its size is B by chance, let the model take any "
+            f"{into_plate(site, plates)}. If its size is B by chance, let the model take any "
             f"number of rows, as a smaller last batch needs, or pass checks=False. {SEE_TABLE}"
         ) from error
     for name, before in suspects.items():
@@ -162,11 +162,12 @@ def check_growth(
                 f"{described(site)} stands outside the data plate and grows with the batch: shape "
                 f"{before[-1]} with {rows} rows, {now} with {rows - 1}. Its terms would not be "
                 "scaled by N/B, and those of the data plate are. To scale it as well, "
-                f"{_into_plate(site, plates)}. {SEE_TABLE}"
+                f"{into_plate(site, plates)}. {SEE_TABLE}"
             )
 
 
-def _into_plate(site: Any, plates: set[str]) -> str:
+def into_plate(site: Any, plates: set[str]) -> str:
+    """Say how a site outside the data plates can come to be scaled as what is in them."""
     names = sorted(plates) or ["data"]
     ways = [f"move it into `with pyro.plate('{names[0]}', len(x))`"]
     if site["cond_indep_stack"]:

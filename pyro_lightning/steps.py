@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import map_tensors
@@ -49,9 +50,9 @@ class ManySteps(Figures):
                 # The last part may have another size, and with it another program.
                 alike = [n for n in range(done, count) if parts.rows_of(n) == parts.rows_of(done)]
                 results += self._take_fused(fused, parts, alike, before)
-            if len(results) == done and fused is not None:  # its arguments are never the same twice
-                results.append(self._take_step(parts[done], optimizer))
-                self._step_schedulers("step", before + done)
+                if len(results) == done:  # arguments that are never the same twice
+                    results.append(self._take_step(parts[done], optimizer))
+                    self._step_schedulers("step", before + done)
         return results
 
     def _take_step(self, part: Any, optimizer: Any) -> StepResult:
@@ -91,15 +92,17 @@ class ManySteps(Figures):
     ) -> list[StepResult]:
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
-        inputs = self._inputs_of(fused, parts, numbers)
+        inputs = self._inputs_of(parts, numbers)
         try:
             with torch.no_grad():
-                for number, (rows, tensors) in zip(numbers, inputs, strict=False):
-                    losses.append(fused.step(rows, tensors, weight))
+                for number in numbers:
+                    rows, given, structure = next(inputs)
+                    changed = bool(self.trainer.lr_scheduler_configs) and not fused.fits()
+                    if structure != fused.structure or changed:
+                        break  # another graph: numbers among the arguments, or in the optimizer
+                    losses.append(fused.step(rows, given, weight))
                     count_optimizer_steps(self.trainer, 1)
                     self._step_schedulers("step", before + number)
-                    if self.trainer.lr_scheduler_configs and not fused.fits():
-                        break
         finally:
             fused.finish()
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
@@ -109,9 +112,9 @@ class ManySteps(Figures):
         return [StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses]
 
     def _inputs_of(
-        self, fused: FusedStep, parts: "Parts", numbers: list[int]
-    ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor]]]:
-        """Yield row numbers and tensors of parts, cut at once where no hook may change them."""
+        self, parts: "Parts", numbers: list[int]
+    ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], Any]]:
+        """Yield rows, tensors and structure of parts, cut at once where no hook may change them."""
         rows: Any = None
         if self._per_row():
             rows = checked_rows(parts.batch, parts.rows, self._count_rows(), self._source)
@@ -120,11 +123,10 @@ class ManySteps(Figures):
         hooks = type(self).model_inputs, type(self).num_rows
         if hooks != (Runs.model_inputs, Runs.num_rows):
             for number in numbers:
-                given = flatten(self.model_inputs(data_of(parts[number])))
-                if given.structure != fused.structure:
-                    return  # numbers among the arguments have changed: another graph
-                yield rows and rows[number], given.tensors
+                flat = flatten(self.model_inputs(data_of(parts[number])))
+                yield rows and rows[number], flat.tensors, flat.structure
             return
+        structure = flatten(self.model_inputs(data_of(parts[numbers[0]]))).structure
         columns = [
             torch.split(tensor, parts.size)
             if tensor.dim() and len(tensor) == parts.rows
@@ -133,7 +135,7 @@ class ManySteps(Figures):
         ]
         for number in numbers:
             cut = [each[number] if isinstance(each, tuple) else each for each in columns]
-            yield rows and rows[number], cut
+            yield rows and rows[number], cut, structure
 
     def _explain(self, part: Any, loss: torch.Tensor) -> None:
         self._run(part)  # names sites and rows
@@ -152,15 +154,19 @@ class ManySteps(Figures):
             if config.interval != interval or (index + 1) % config.frequency:
                 continue
             value = None
-            if config.reduce_on_plateau:
+            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
+            if self._watched.get("reduce_on_plateau", plateau):
                 if interval == "step":
                     continue
-                value = self.trainer.callback_metrics.get(str(config.monitor))
-                if value is None:
+                monitor = self._watched.get("monitor")
+                value = self.trainer.callback_metrics.get(str(monitor))
+                if value is None and self._watched.get("strict", True):
                     raise ValueError(
-                        f"ReduceLROnPlateau watches '{config.monitor}', which is not logged. "
+                        f"ReduceLROnPlateau watches '{monitor}', which is not logged. "
                         f"Logged are: {', '.join(sorted(self.trainer.callback_metrics))}"
                     )
+                if value is None:
+                    continue
             self.lr_scheduler_step(config.scheduler, value)
 
     def on_train_epoch_end(self) -> None:

@@ -124,7 +124,13 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
     assert caught.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
     arguments = {"model", "guide", "elbo", "optimizer", "lr_scheduler", "data_plate"}
-    assert arguments | {"scale_sites", "dataset_size", "checks"} == set(shown)
+    assert arguments | {
+        "scale_sites",
+        "dataset_size",
+        "checks",
+        "compile",
+        "steps_per_batch",
+    } == set(shown)
 
 
 def run(*command, cwd):

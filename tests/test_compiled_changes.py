@@ -229,3 +229,59 @@ def test_a_second_fit_on_other_data_has_its_own_size():
         if options:
             assert svi._compiled.compilations == 2
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-5, atol=0)
+
+
+def test_one_batch_that_always_comes_again_is_compiled_and_others_are_compared_then():
+    svi, eager = weighted(compile=AS_TRACED), weighted()
+    assert_equal_steps(svi, eager, [regression_batch(0)] * 5, 1e-6, 1e-5)
+    assert is_compiled(svi)
+    assert_equal_steps(svi, eager, batches(1), 1e-6, 1e-5)
+    assert svi._compiled.compilations == 1
+
+
+class Annealed(PyroSVIModule):
+    """Weighs its KL by a count of the Trainer's, or by a default of its class."""
+
+    weight = 0.5
+    by = "epoch"
+
+    def model(self, x, y):
+        count = self.current_epoch if self.by == "epoch" else self.trainer.global_step
+        with poutine.scale(scale=self.weight / (1 + count)):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+@no_validation
+@pytest.mark.parametrize("by", ["epoch", "step"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_counts_of_the_trainer_are_followed(by, steps):
+    found = []
+    for options in ({"compile": AS_TRACED, "steps_per_batch": steps}, {"steps_per_batch": steps}):
+        torch.manual_seed(0)
+        svi = Annealed(checks=False, **options)
+        svi.by = by
+        # 60 steps: fewer than the states that are remembered.
+        data = ArrayDataModule(regression_batch(0, rows=80), batch_size=4)
+        quiet_trainer(max_epochs=3).fit(svi, datamodule=data)
+        found.append({name: p.detach() for name, p in svi.named_parameters()})
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_default_of_the_class_that_is_hidden_later_is_honoured():
+    def make(**options):
+        torch.manual_seed(0)
+        svi = Hides(dataset_size=N, checks=False, **options)
+        return svi
+
+    class Hides(PyroSVIModule):
+        weight = 0.5
+
+        def model(self, x, y):
+            with poutine.scale(scale=self.weight):
+                w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    both_after(set_attribute("weight", 5.0), make(compile=AS_TRACED), make())

@@ -233,7 +233,7 @@ def test_arguments_that_a_hook_computes_are_followed(steps):
     for options in ({"compile": AS_TRACED, "steps_per_batch": steps}, {"steps_per_batch": steps}):
         torch.manual_seed(0)
         svi = Annealed(checks=False, **options)
-        data = ArrayDataModule(values_batch(0, rows=N)[0], batch_size=4 * steps)
+        data = ArrayDataModule(values_batch(0, rows=N)[0], batch_size=4)
         quiet_trainer(max_epochs=40).fit(svi, datamodule=data)
         found.append(torch.stack([p.detach() for p in svi.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
@@ -272,9 +272,7 @@ def test_a_batch_of_something_else_than_tensors_is_eager():
                 pyro.sample("x", dist.Normal(mu, 1.0), obs=batch.x)
 
     svi = Own(dataset_size=N, compile=True)
-    with pytest.warns(
-        UserWarning, match=r"\(args, kwargs\)\[0\]\[0\] holds a Rows, which is no tensor"
-    ):
+    with pytest.warns(UserWarning, match=r"\[0\]\[0\] holds a Rows, which is no tensor"):
         svi.loss(Rows(*values_batch(0)))
 
 

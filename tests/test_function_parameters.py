@@ -49,7 +49,7 @@ def test_parameters_of_functions_train():
     svi = PyroSVIModule(
         model,
         guide,
-        elbo=Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1),
+        elbo=Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1),
         optimizer=partial(torch.optim.Adam, lr=0.05, betas=(0.9, 0.95)),
         lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.96),
     )

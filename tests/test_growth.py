@@ -65,6 +65,76 @@ def test_observations_that_grow_with_the_batch(outside):
     refused([*match, "pyro.plate('data', len(x))"], also(outside))
 
 
+def one_by_one(x):
+    for i in range(len(x)):
+        pyro.sample(f"y{i}", dist.Normal(bias(), 1.0), obs=x[i])
+
+
+def summed(x):
+    pyro.factor("y", dist.Normal(bias(), 1.0).log_prob(x).sum())
+
+
+def counted(x):
+    pyro.sample("y", dist.Poisson(3.0), obs=torch.tensor(float(len(x))))
+
+
+def twice_as_many(x):
+    y = torch.cat([x, x])
+    pyro.sample("y", dist.Normal(bias(), 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("outside", [one_by_one, summed, counted, twice_as_many])
+def test_log_probabilities_that_grow_with_the_batch(outside):
+    refused(["site 'y", "grows with the batch", "5 equal rows", "scale_sites"], also(outside))
+    loss_of(also(outside), checks=False)
+
+
+def averaged(x):
+    pyro.factor("y", -(x**2).mean() + bias())
+
+
+def scaled_by_hand(x):
+    with pyro.poutine.scale(scale=N / len(x)):
+        one_by_one(x)
+
+
+def of_latents(x):
+    pyro.factor("y", -(pyro.sample("z", dist.Normal(0.0, 1.0)) ** 2))
+
+
+def with_noise(x):
+    pyro.factor("y", -nn.functional.dropout(torch.ones(40)).sum())
+
+
+@pytest.mark.parametrize("outside", [averaged, scaled_by_hand, of_latents, with_noise])
+def test_log_probabilities_that_do_not_grow_with_the_batch_pass(outside):
+    model = also(outside)
+    PyroSVIModule(model, AutoNormal if outside is of_latents else no_guide, dataset_size=N).loss(X)
+
+
+def test_latents_of_a_loop_over_the_batch():
+    def model(x):
+        for i in range(len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    names = [f"x{i}" for i in range(B)]
+    refused(["latent site 'z2'", "grows with the batch"], model, AutoNormal, scale_sites=names)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_latents_of_rows_in_no_plate_under_an_autoguide_with_nothing_scaled(width):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([width * len(x)]).to_event(1))
+        pyro.sample("x", dist.Normal(z[: len(x)], 1.0).to_event(1), obs=x)
+
+    def guide(x):  # amortised
+        pyro.sample("z", dist.Normal(x.repeat(width), bias().exp()).to_event(1))
+
+    refused(["latent site 'z'", "autoguide", "amortised"], model, AutoNormal, data_plate=None)
+    loss_of(model, guide, data_plate=None)
+
+
 def test_observations_in_another_plate_can_be_named():
     refused(["data_plate=('data', 'other')"], also(in_another_plate))
     expected = pytest.approx(-2 * SCALE * log_standard(X), rel=1e-6)

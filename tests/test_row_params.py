@@ -9,8 +9,10 @@ import torch
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoCallable, AutoGuideList, AutoNormal
+from pyro.nn import PyroModule, PyroParam
 from pyro.poutine import block
 from support import quiet_trainer
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lightning import ArrayDataModule, IndexedBatch, PyroSVIModule
@@ -154,6 +156,10 @@ WRONG = {
         lambda x, rows: pyro.param("loc", torch.zeros(N))[rows],
         r"parameter 'loc' \(shape \(60,\)\).*count within the batch",
     ),
+    "of the first batch's size": (
+        lambda x, rows: pyro.param("loc", torch.zeros(4)),
+        r"pyro.param\('loc'\) has shape \(4,\) .* not run on 3 rows .*Shape mismatch.*event_dim",
+    ),
 }
 
 
@@ -165,6 +171,92 @@ def test_rows_that_would_be_read_at_the_wrong_place_are_refused(case):
         svi.loss(IndexedBatch(X[:4], torch.arange(4)))
 
 
+class OfPlace(PyroModule):
+    """A guide whose latents of rows have parameters by the places of rows in the batch."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.spread = form, nn.Parameter(torch.tensor(0.5))
+        if form == "nn.Module":
+            self.part = nn.Module()
+            self.part.loc = nn.Parameter(torch.zeros(N))
+        elif form == "nn.Embedding":
+            self.part = nn.Embedding(N, 1)
+        elif form == "PyroParam":
+            self.loc = PyroParam(torch.zeros(N), event_dim=0)
+        else:
+            self.loc = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        pyro.sample("mu", dist.Normal(0.0, self.spread))
+        with pyro.plate("data", N, subsample_size=len(x)) as rows:
+            if self.form == "nn.Module":
+                loc = self.part.loc[rows]
+            elif self.form == "nn.Embedding":
+                loc = self.part(rows).squeeze(-1)
+            else:
+                loc = self.loc  # a PyroParam is cut to the plate's rows by Pyro
+            pyro.sample("z", dist.Normal(loc, self.spread))
+
+
+@pytest.mark.parametrize("form", ["nn.Module", "nn.Embedding", "PyroParam", "of size B"])
+def test_parameters_of_modules_that_rows_read_by_their_place_are_refused(form):
+    batch = IndexedBatch(X[:4], torch.arange(4))
+    with pytest.raises(ValueError, match=r"parameter '.*' .* by the place of a row in the batch"):
+        PyroSVIModule(model, OfPlace(form), dataset_size=N).loss(batch)
+    PyroSVIModule(model, OfPlace(form), dataset_size=N, checks=False).loss(batch)
+
+
+def test_points_that_rows_read_by_their_place_are_refused():
+    def guide(x):
+        pyro.sample("mu", dist.Delta(pyro.param("mu.loc", torch.tensor(0.1))))
+        with pyro.plate("data", N, subsample_size=len(x)) as rows:
+            pyro.sample("z", dist.Delta(pyro.param("loc", torch.zeros(N))[rows]))
+
+    with pytest.raises(ValueError, match=r"parameter 'loc' .* by the place of a row"):
+        PyroSVIModule(model, guide, dataset_size=N).loss(X[:4])
+
+
+class Wide(nn.Module):
+    """A guide whose layers are as wide as the batch, or as there are rows."""
+
+    def __init__(self, width, dropout=0.0):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(1, width), nn.BatchNorm1d(width), nn.Softmax(-1), nn.Dropout(dropout)
+        )
+        self.out = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        pyro.sample("mu", dist.Normal(self.out.sum(), 1.0))
+        with pyro.plate("data", N, subsample_size=len(x)) as rows:
+            loc = (self.net(x[rows].unsqueeze(-1)) * self.out).sum(-1)
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("width", [4, N])
+def test_networks_as_wide_as_the_batch_or_the_data_set_serve(width, dropout):
+    PyroSVIModule(model, Wide(width, dropout), dataset_size=N).loss(X[:4])
+
+
+def test_parameters_of_a_pyro_module_are_cut_to_the_rows_that_a_plate_is_given():
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = PyroParam(torch.linspace(-1.0, 1.0, N), event_dim=0)
+
+        def forward(self, x, rows):
+            pyro.sample("mu", dist.Normal(0.1, 0.3))
+            with pyro.plate("data", N, subsample=rows):
+                pyro.sample("z", dist.Normal(self.loc, 0.5))
+
+    svi = PyroSVIModule(lambda x, rows: model(x), Guide(), dataset_size=N)
+    svi.loss((X[ROWS], ROWS)).backward()
+    (gradient,) = (p.grad for p in svi.parameters())
+    assert gradient.nonzero().flatten().tolist() == sorted(ROWS.tolist())
+
+
 RIGHT = {
     "shared": lambda x, rows: pyro.param("loc", torch.zeros(1)),
     "shared, with event_dim": lambda x, rows: pyro.param("loc", torch.zeros(1), event_dim=0),
@@ -172,6 +264,9 @@ RIGHT = {
     "of size N by chance": lambda x, rows: pyro.param("loc", torch.zeros(N)).sum() + 0 * x,
     "amortised, by the plate's rows": lambda x, rows: (
         pyro.param("loc", torch.tensor(0.5)) * x[rows]
+    ),
+    "of size N by chance, with the plate's rows": lambda x, rows: (
+        x[rows] * pyro.param("loc", torch.zeros(N)).sum()
     ),
 }
 

@@ -1,0 +1,176 @@
+"""The private names of Pyro and torch that compilation leans on are as they were."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceEnum_ELBO
+from pyro.util import warn_if_nan
+from torch import _inductor
+from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_lightning._upstream import (
+    answer_to_check,
+    compile_graph,
+    make_graph,
+    traced_node,
+    untraced,
+)
+
+
+class Asked(TorchFunctionMode):
+    """Keeps the answers to what Python asks of tensors, as a trace would give them."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers, self.hooks = [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__bool__:
+            self.answers.append(answer_to_check())
+        if func is torch.Tensor.register_hook:
+            self.hooks.append(answer_to_check())
+        return func(*args, **(kwargs or {}))
+
+
+def test_distributions_ask_whether_their_arguments_are_valid():
+    with Asked() as asked:
+        dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)
+    assert asked.answers == [True, True]
+
+
+def test_distributions_ask_whether_a_value_is_valid():
+    normal = dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)
+    with Asked() as asked:
+        normal.log_prob(torch.tensor(0.5))
+    assert asked.answers
+    assert set(asked.answers) == {True}
+
+
+def test_pyro_asks_for_nan_and_hooks_the_gradient():
+    value = torch.tensor(1.0, requires_grad=True)
+    with Asked() as asked:
+        warn_if_nan(value * 2, "a value")
+    assert asked.hooks == [False]
+    assert asked.answers == [] or set(asked.answers) == {False}
+
+
+def test_pyro_warns_of_nan_where_nobody_answers():
+    with pytest.warns(UserWarning, match="Encountered NaN: a value"):
+        warn_if_nan(torch.tensor(float("nan")), "a value")
+
+
+def test_sums_over_enumerated_sites_ask_whether_all_draws_count():
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(z.float(), 1.0), obs=torch.zeros(2))
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+
+    with pyro.validation_enabled(False), Asked() as asked:
+        TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide)
+    assert True in asked.answers
+
+
+def test_nobody_else_is_answered():
+    with Asked() as asked:
+        bool(torch.tensor(1.0) > 0)
+        scale_and_mask(torch.tensor(1.0), scale=2.0)
+    assert set(asked.answers) == {None}
+
+
+def test_a_graph_holds_the_operations_of_a_function():
+    graph = make_graph(lambda x, y: [x * 2 + y], [torch.ones(3), torch.zeros(3)])
+    kinds = [node.op for node in graph.graph.nodes]
+    assert kinds == ["placeholder", "placeholder", "call_function", "call_function", "output"]
+    (found,) = graph(torch.full((3,), 2.0), torch.ones(3))
+    assert found.tolist() == [5.0, 5.0, 5.0]
+
+
+def test_a_node_is_known_for_what_depends_on_inputs_and_for_nothing_else():
+    nodes = []
+
+    def function(x):
+        nodes.extend([traced_node(x), traced_node(x + 1), traced_node(torch.ones(2).add(1))])
+        return [x]
+
+    outside = torch.zeros(2)
+    make_graph(lambda x: nodes.append(traced_node(outside)) or function(x), [torch.ones(2)])
+    constant, given, sum_of_it, made = nodes
+    assert constant is None
+    assert given.op == "placeholder"
+    assert given in sum_of_it.all_input_nodes
+    assert made is None or given not in made.all_input_nodes
+
+
+def test_there_is_no_node_outside_of_a_trace():
+    assert traced_node(torch.ones(2)) is None
+
+
+def test_operations_can_be_left_out_of_a_graph():
+    def function(x):
+        with untraced():
+            assert float(torch.tensor(2.0) * 3) == 6.0
+        return [x + 1]
+
+    graph = make_graph(function, [torch.ones(2)])
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) == 0
+
+
+def test_the_private_names_of_tracing_exist():
+    for name in ("make_fx", "get_proxy_mode", "get_proxy_slot", "disable_proxy_modes_tracing"):
+        assert callable(getattr(proxy_tensor, name))
+
+
+def test_random_operations_are_tagged():
+    graph = make_graph(lambda p: [torch.bernoulli(p), torch.randn(2) * p], [torch.ones(2) / 2])
+    tagged = [
+        node.target
+        for node in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    ]
+    assert torch.ops.aten.bernoulli.Tensor in tagged
+    assert len(tagged) == 2
+
+
+def test_operations_whose_size_depends_on_values_are_tagged():
+    for operation in (torch.ops.aten.nonzero.default, torch.ops.aten.index.Tensor):
+        assert torch.Tag.dynamic_output_shape in operation.tags
+
+
+def test_inductor_knows_the_options():
+    known = _inductor.list_options()
+    assert {"fallback_random", "reorder_for_peak_memory"} <= set(known)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_graph_directly():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = make_graph(lambda x: [(x * 2).sum(), x + torch.randn(3)], [torch.ones(3)])
+        compiled = compile_graph(graph, [torch.ones(3)], {})
+    torch.manual_seed(0)
+    found = compiled(torch.full((3,), 2.0))
+    torch.manual_seed(0)
+    expected = graph(torch.full((3,), 2.0))
+    torch.testing.assert_close(list(found), list(expected))
+
+
+def test_options_go_to_torch_compile():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([tuple(each.shape) for each in inputs])
+        return graph.forward
+
+    graph = make_graph(lambda x: [x * 2], [torch.ones(3)])
+    compiled = compile_graph(graph, [torch.ones(3)], {"backend": backend})
+    assert compiled(torch.ones(3))[0].tolist() == [2.0, 2.0, 2.0]
+    assert seen == [[(3,)]]
