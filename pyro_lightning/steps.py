@@ -93,7 +93,6 @@ class ManySteps(Figures):
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
-        scheduled = any(each.interval == "step" for each in self.trainer.lr_scheduler_configs)
         try:
             with torch.no_grad():
                 for number in numbers:
