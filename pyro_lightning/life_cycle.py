@@ -121,7 +121,7 @@ class LifeCycle(Runs):
         if in_model.scaled_observations:
             names = set(in_model.plates).union(plates)
             check_totals(sites, names, in_model.scale_sites, rows, alike)
-        else:
+        elif not (in_model.plates or in_model.scale_sites):
             check_latents_of_no_plate(self.guide, sites, plates, rows, alike)
 
     def _check_params(
