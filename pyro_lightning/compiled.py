@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from pyro_lightning.compared import compare, of_eager, of_program, trained
 from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, find_guards
 from pyro_lightning.program import Program, StepInputs, step_inputs
-from pyro_lightning.states import preserved_state
+from pyro_lightning.states import drawing, preserved_state
 from pyro_lightning.tracing import Untraceable
 from pyro_lightning.updates import is_served
 
 _PATIENCE = 20  # steps of another shape, or of other Python state, before it is compiled as well
 _MOST = 8  # traces; what comes then stays eager
 _MOST_KEPT = 64  # shapes and states that are remembered
+_ASKED = 3  # steps in which the inputs are watched for random numbers
 _MOST_FUSED = 3  # compiled steps for one optimizer, whose groups may change
 
 
@@ -94,6 +96,8 @@ class CompiledLoss:
         self.compilations = 0
         self._entries: list[_Entry] = []
         self._warned = False
+        self._asked = 0
+        self._draws = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to a process and to one module's tensors.
@@ -111,7 +115,7 @@ class CompiledLoss:
         if not trained(module):
             return None  # there is no gradient to compute
         with self._refusing():
-            inputs = step_inputs(module, batch)
+            inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
             if not self._may_be_used(module, batch, inputs, entry):
                 return None
@@ -134,7 +138,7 @@ class CompiledLoss:
             RuntimeError: When the loss cannot be compiled and ``strict`` is set.
         """
         with self._refusing():
-            inputs = step_inputs(module, batch)
+            inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
             if not self._may_be_used(module, batch, inputs, entry) or not entry.trusted:
                 return None
@@ -159,6 +163,16 @@ class CompiledLoss:
         self.compilations += 1
         entry.fused = FusedStep(entry.program, optimizer, inputs, self.options)
         return entry.fused
+
+    def _inputs(self, module: Any, batch: Any) -> StepInputs:
+        """Read a step's inputs, which must not take random numbers from the eager step."""
+        inputs = None
+        if not self._draws and self._asked < _ASKED:
+            self._asked += 1
+            inputs, self._draws = drawing(partial(step_inputs, module, batch))
+        if self._draws:
+            raise Untraceable("model_inputs or num_rows draws random numbers: draw in the model")
+        return inputs or step_inputs(module, batch)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

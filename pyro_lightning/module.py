@@ -182,7 +182,9 @@ class PyroSVIModule(ManySteps):
             )
         if self._compiled is not None and torch.is_grad_enabled() and not held_out:
             loss = self._compiled.loss(self, batch)
-            if loss is not None and torch.isfinite(loss):
+            if loss is not None:
+                if not torch.isfinite(loss):
+                    self._explain(batch, loss)
                 return loss, self._whole
         estimate = self._run(batch, held_out)
         # Without data plate a model either scales itself, or its loss is its batch's alone.
@@ -233,23 +235,28 @@ class PyroSVIModule(ManySteps):
         return table_of_sites(self, batch)
 
     @torch.no_grad()
-    def posterior_samples(self, num_samples: int, rows: Any = None) -> dict[str, torch.Tensor]:
-        """Draw latents from the guide; needs no data.
+    def posterior_samples(
+        self, num_samples: int, rows: Any = None, *, batch: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """Draw latents from the guide; needs no data but where the guide does.
 
         Args:
             num_samples: Number of draws.
             rows: Row numbers in the training set (or a slice, or a mask of all rows), whose local
                 latents are drawn jointly with the globals; for guides with parameters of each row.
+            batch: B rows, whose local latents are drawn jointly with the globals; for guides that
+                compute them from the data of the batch.
 
         Returns:
             Draws by site, on the module's device, without gradient: global latents,
-            ``(num_samples, *shape of the site)``; with ``rows``, local latents as well,
-            ``(num_samples, len(rows), *event)``.
+            ``(num_samples, *shape of the site)``; with ``rows`` or ``batch``, local latents as
+            well, ``(num_samples, len(rows), *event)``. Of entries that a mask leaves out in every
+            batch a guide has learned nothing, and its draws mean nothing.
 
         Raises:
             RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
             ValueError: For rows that do not exist or never trained, or whose latents the guide
-                computes from data.
+                computes from data that are not given.
         """
         if not self._initialised:
             raise RuntimeError(
@@ -258,17 +265,26 @@ class PyroSVIModule(ManySteps):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         refuse_point(self.guide)
-        if self._globals_of_data:
+        if rows is not None and batch is not None:
+            raise ValueError("rows and batch are two ways to say which rows to draw: give one")
+        if self._globals_of_data and batch is None:
             raise ValueError(
                 f"the guide computes global latents ({', '.join(self._globals_of_data)}) from its "
-                "batch, so that there is no posterior without data: each batch gives another. Run "
-                "it on a batch, pyro.poutine.trace(svi.guide).get_trace(*batch), or give these "
-                "latents parameters of their own."
+                "batch, so that there is no posterior without data: each batch gives another. "
+                "Give it: posterior_samples(num_samples, batch=batch); or give these latents "
+                "parameters of their own."
             )
-        batch = self.transfer_batch_to_device(self._prototype, self.device, 0)
-        batch, local, places = self._batch_of_rows(batch, self.num_rows(batch), rows)
-        args, kwargs = self.model_inputs(batch.data)
-        count, at_once = len(batch.rows), draws_at_once(self.guide)
+        given, places = batch is not None, torch.empty(0)
+        local: dict[str, int] = {}
+        batch = self.transfer_batch_to_device(batch if given else self._prototype, self.device, 0)
+        count = self.num_rows(data_of(batch))
+        if given:
+            self._refuse_untrained(batch)
+        else:
+            batch, local, places = self._batch_of_rows(batch, count, rows)
+            count = len(batch.rows)
+        args, kwargs = self.model_inputs(data_of(batch))
+        plates, at_once = () if given else self._row_plates(), draws_at_once(self.guide)
         # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (
             preserved_buffers(self),
@@ -276,7 +292,6 @@ class PyroSVIModule(ManySteps):
             self._rows_of(batch, count),
         ):
             guide = self._handler(count)()(handled(self.guide))
-            plates = self._row_plates()
             draws = sample_latents(
                 guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
             )

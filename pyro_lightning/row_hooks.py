@@ -198,23 +198,34 @@ class RowHooks(LightningModule):
         dims = {**{table.site: table.dim for table in self._tables()}, **self._dims_by_hand}
         computed = [site for site in self._sites_of_data if site not in dims]
         if computed or not dims:
-            what = f"computes {', '.join(map(repr, computed))} from the data of its batch"
+            what = "has no latents in the data plate: leave rows out"
+            if computed:
+                what = (
+                    f"computes {', '.join(map(repr, computed))} from the data of its batch: give "
+                    "it the data, posterior_samples(num_samples, batch=batch)"
+                )
             raise ValueError(
                 "posterior_samples(rows=...) serves guides that keep parameters of each row, and "
-                f"this guide {what if computed else 'has no latents in the data plate'}. Run it on "
-                "a batch instead: pyro.poutine.trace(svi.guide).get_trace(*batch)."
+                f"this guide {what}."
             )
         numbers = asked_rows(rows, self._count_rows())
-        if self._trained is not None and not self._trained[numbers].all():
-            missing = numbers[~self._trained[numbers]].tolist()
-            raise ValueError(
-                f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
-                "nothing of them"
-            )
+        self._refuse_untrained(IndexedBatch(None, numbers))
         numbers, places = torch.unique(numbers, return_inverse=True)
         if self._dims_by_hand:  # such a guide makes its plate from the batch
             batch = repeated_row(batch, batch_size, len(numbers))
         return ChosenBatch(batch, numbers), dims, places
+
+    def _refuse_untrained(self, batch: Any) -> None:
+        """Refuse rows that did not train, of which the guide knows nothing."""
+        if not isinstance(batch, IndexedBatch) or self._trained is None:
+            return
+        numbers = torch.as_tensor(batch.rows).cpu()
+        missing = numbers[~self._trained[numbers]].tolist()
+        if missing:
+            raise ValueError(
+                f"rows {', '.join(map(str, missing[:10]))} did not train, so that the guide knows "
+                "nothing of them"
+            )
 
     # -- hooks ---------------------------------------------------------------------------------
 

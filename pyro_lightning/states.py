@@ -1,13 +1,16 @@
 """Leaving random states and buffers as they were."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+_Result = TypeVar("_Result")
 
 
 @contextmanager
@@ -35,3 +38,26 @@ def preserved_state(module: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def drawing(run: Callable[[], _Result]) -> tuple[_Result, bool]:
+    """Run something; tells whether it drew random numbers, which are then put back.
+
+    Example:
+        >>> drawing(lambda: 1)
+        (1, False)
+        >>> drawing(lambda: torch.rand(3))[1]
+        True
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    result = run()
+    drew = not (
+        torch.equal(before[2], torch.get_rng_state())
+        and random.getstate() == before[0]
+        and all(map(np.array_equal, before[1], np.random.get_state()))
+    )
+    if drew:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+    return result, drew

@@ -294,3 +294,30 @@ def test_errors_of_the_first_batch_are_those_of_eager():
             svi.loss(values_batch(0))
         messages.append(str(caught.value))
     assert len(set(messages)) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("draw", [torch.rand_like, lambda x: x * random.random()])
+def test_arguments_that_are_drawn_are_eager_and_the_same(draw, steps):
+    class Augmented(PyroSVIModule):
+        def model_inputs(self, batch):
+            return (batch + 0.1 * draw(batch),), {}
+
+        def model(self, x):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    found = []
+    for options in ({"compile": AS_TRACED, "steps_per_batch": steps}, {}):
+        torch.manual_seed(0)
+        random.seed(0)
+        svi = Augmented(**options)
+        data = ArrayDataModule(values_batch(0, rows=N)[0], batch_size=4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(max_epochs=2).fit(svi, datamodule=data)
+        told = [each for each in caught if "draws random numbers" in str(each.message)]
+        assert len(told) == bool(options)
+        found.append(torch.stack([p.detach() for p in svi.parameters()]))
+    assert torch.equal(*found)

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_models import CASES, N, regression, regression_batch
+from compiled_models import CASES, N, regression, regression_batch, values_batch
 from compiled_support import AS_TRACED, is_compiled, loss_and_gradients
 from support import no_validation, quiet_trainer
 
@@ -101,3 +101,28 @@ def test_a_compiled_fit_is_the_eager_one(steps):
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-5)
     assert torch.equal(*states)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_loss_that_is_nan_by_its_noise_is_an_error_where_it_is_one_in_eager():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("far", torch.where(mu.abs() > 0.15, torch.nan, 0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    bad = []
+    for options in ({"compile": AS_TRACED}, {}):
+        svi = PyroSVIModule(model, dataset_size=N, checks=False, **options)
+        bad.append([])
+        for seed in range(100):
+            torch.manual_seed(seed)
+            try:
+                svi.loss(values_batch(seed)[0])
+            except ValueError as error:
+                bad[-1].append(seed)
+                assert str(error).startswith("the loss ")
+        if options:
+            assert is_compiled(svi)
+    assert bad[0] == bad[1]
+    assert 0 < len(bad[0]) < 50

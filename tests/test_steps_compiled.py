@@ -113,6 +113,14 @@ def test_max_steps_is_the_same(double_precision, most):
     assert_same_fit(found, fit(1, **options), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_last_batch_of_another_size_is_the_same(double_precision, drop_last):
+    options = {"count": 47, "data": {"drop_last": drop_last}}
+    found = fit(4, compile=AS_TRACED, **options)
+    assert_same_fit(found, fit(1, **options), rtol=1e-9, atol=1e-11)
+    assert takes_whole_steps(found[0])
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_networks_with_dropout_and_statistics_are_the_same(double_precision, norm):
     found = []
