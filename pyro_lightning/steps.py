@@ -1,6 +1,7 @@
 """Several optimizer steps in one training step of Lightning's."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ class ManySteps(Figures):
                 self._step_schedulers("step", before + done)
             else:
                 # The last part may have another size, and with it another program.
-                alike = [n for n in range(done, count) if parts.rows_of(n) == parts.rows_of(done)]
+                size = parts.rows_of(done)
+                alike = list(
+                    takewhile(
+                        lambda n, size=size: parts.rows_of(n) == size and not parts.repeats(n),  # type: ignore[misc]
+                        range(done, count),
+                    )
+                )
                 results += self._take_fused(fused, parts, alike, before)
                 if len(results) == done:  # arguments that are never the same twice
                     results.append(self._take_step(parts[done], optimizer))
@@ -72,7 +79,7 @@ class ManySteps(Figures):
             return None
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return None
-        if isinstance(part, IndexedBatch) and len(torch.unique(part.rows)) < len(part.rows):
+        if _repeats(part):
             return None
         return self._compiled.step(self, part, optimizer)
 
@@ -191,6 +198,7 @@ class Parts:
 
     def __init__(self, batch: Any, rows: int, size: int) -> None:
         self.batch, self.rows, self.size = batch, rows, size
+        self._repeats: bool | None = None
 
     def __len__(self) -> int:
         return -(-self.rows // self.size)
@@ -198,6 +206,12 @@ class Parts:
     def rows_of(self, number: int) -> int:
         """Count the rows of a mini-batch."""
         return min(self.size, self.rows - number * self.size)
+
+    def repeats(self, number: int) -> bool:
+        """Whether a mini-batch holds a row twice; looked at one by one only if the batch does."""
+        if self._repeats is None:
+            self._repeats = _repeats(self.batch)
+        return self._repeats and _repeats(self[number])
 
     def __getitem__(self, number: int) -> Any:
         if number >= len(self):
@@ -215,3 +229,11 @@ class Parts:
         if isinstance(source, torch.Tensor):
             source = taken(source)
         return type(self.batch)(part, taken(torch.as_tensor(self.batch.rows)), source)
+
+
+def _repeats(batch: Any) -> bool:
+    """Whether a row of parameters of its own comes twice: its gradients add up."""
+    if not isinstance(batch, IndexedBatch):
+        return False
+    rows = torch.as_tensor(batch.rows)
+    return len(torch.unique(rows)) < len(rows)

@@ -6,14 +6,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_models import CASES, N, bits_batch, rows, vae
+from compiled_models import CASES, N, bits_batch, rows, vae, values_batch
 from compiled_support import AS_TRACED
 from lightning.pytorch import Callback
+from pyro.infer.autoguide import AutoNormal
 from steps_support import ADAM, assert_same_fit, fit
 from support import no_validation, quiet_trainer
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning import ArrayDataModule, IndexedDataset, PyroSVIModule
 
 OPTIMIZERS = {
     "Adam": ADAM,
@@ -293,3 +295,33 @@ def test_inductor_takes_the_same_steps_of_rows():
     svi, _ = fit(4, model=rows, compile="strict")
     assert_same_parameters(svi, fit(1, model=rows)[0])
     assert takes_whole_steps(svi)
+
+
+class Given(Sampler):
+    """Rows as they are listed, each epoch."""
+
+    def __init__(self, listed):
+        self.listed = listed
+
+    def __iter__(self):
+        return iter(self.listed)
+
+    def __len__(self):
+        return len(self.listed)
+
+
+def test_a_row_that_comes_twice_in_a_later_part_is_the_same(double_precision):
+    found = []
+    for compile in (AS_TRACED, False):
+        torch.manual_seed(0)
+        options = {"optimizer": ADAM, "compile": compile, "steps_per_batch": 2, "dataset_size": 8}
+        svi = PyroSVIModule(rows, AutoNormal, **options)
+        data = IndexedDataset(TensorDataset(*values_batch(5, rows=8)))
+        # Parts of four: the second of each batch holds row 5 twice.
+        sampler = Given([0, 1, 2, 3, 4, 5, 5, 6] * 3)
+        loader = DataLoader(data, batch_size=8, sampler=sampler, collate_fn=data.collate)
+        torch.manual_seed(1)
+        quiet_trainer(max_epochs=3).fit(svi, loader)
+        found.append(svi)
+    assert takes_whole_steps(found[0])
+    assert_same_parameters(*found)

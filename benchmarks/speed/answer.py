@@ -24,7 +24,7 @@ CLOSE = 0.1  # posterior sds that the farthest mean may lie off
 IN_A_ROW = 3  # looks at which it must lie so near: not one by luck
 # The learning rate falls to a tenth in so many epochs: the noise of batches would else keep every
 # method away for good.
-EPOCHS_A_TENTH = {"W1": 3.0, "W5": 400.0}
+EPOCHS_A_TENTH = {"W1": 5.0, "W5": 400.0}
 
 
 class Look(NamedTuple):
