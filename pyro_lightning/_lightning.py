@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 def stage_loader(trainer: Trainer, stage: str) -> Any:
@@ -29,6 +30,12 @@ def loses_new_parameters(trainer: Trainer) -> bool:
     which the module there has no place.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def resumes_fit(module: LightningModule) -> bool:
+    """Whether a checkpoint is loaded to go on with its fit."""
+    trainer = module._trainer
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
 def logs_this_step(trainer: Trainer) -> bool:

@@ -193,6 +193,15 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path, steps):
     assert_same_fit(resumed, whole, **EXACTLY)
 
 
+@pytest.mark.parametrize(("saved", "now"), [(3, 1), (1, 3), (3, 2)])
+def test_a_fit_is_not_resumed_with_another_number_of_steps(tmp_path, saved, now):
+    _, trainer = fit(saved, trainer={"max_epochs": 1})
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=f"steps_per_batch={saved}, and this module has {now}"):
+        fit(now, ckpt=path)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
