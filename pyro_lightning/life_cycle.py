@@ -79,6 +79,7 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
         self._checked_rows = self.num_rows(data)
+        self._keeps_rows = bool(self._per_row())
         self._initialised = True
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:

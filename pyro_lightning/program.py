@@ -42,7 +42,7 @@ def step_inputs(module: Any, batch: Any) -> StepInputs:
     size = module.num_rows(data)
     flat = flatten(module.model_inputs(data), "the model's (args, kwargs)")
     rows = None
-    if module._per_row():
+    if module._keeps_rows:
         rows = checked_rows(batch, size, module._count_rows(), module._source)
     device = flat.tensors[0].device.type if flat.tensors else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

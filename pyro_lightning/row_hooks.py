@@ -27,6 +27,7 @@ class RowHooks(LightningModule):
     _pyro_param_store: ParamStoreModule
     _current_rows: RowsOfBatch | None
     _initialised: bool
+    _keeps_rows: bool = True  # not known before the first run
     _source: Any = None
     _trained: torch.Tensor | None = None
     _switched_on: Any = None

@@ -123,7 +123,7 @@ class ManySteps(Figures):
     ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], Any]]:
         """Yield rows, tensors and structure of parts, cut at once where no hook may change them."""
         rows: Any = None
-        if self._per_row():
+        if self._keeps_rows:
             rows = checked_rows(parts.batch, parts.rows, self._count_rows(), self._source)
             rows = None if rows is None else rows.split(parts.size)
         data = data_of(parts.batch)
