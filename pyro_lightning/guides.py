@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoCallable,
+    AutoDiscreteParallel,
     AutoGuide,
     AutoGuideList,
     AutoLaplaceApproximation,
@@ -150,6 +151,17 @@ def refuse_local_latents(
             continue
         # The names alone: some autoguides empty the nodes of their prototype.
         for name in part.prototype_trace.nodes:
+            if name in local and isinstance(part, AutoDiscreteParallel):
+                raise ValueError(
+                    f"latent site '{name}' stands in the data plate '{local[name]}', and "
+                    "AutoDiscreteParallel would keep one set of probabilities for each row of its "
+                    "first batch and mix up the rows of every other. Leave the site out of the "
+                    "guide and sum it out in the model, exactly: infer={'enumerate': 'parallel'} "
+                    "there and elbo=TraceEnum_ELBO(). Or write an amortised guide: a function of "
+                    f"the batch with `pyro.sample('{name}', ...)` inside "
+                    f"`pyro.plate('{local[name]}', len(x))`, its probabilities computed from the "
+                    f"row by a network. {SEE_TABLE}"
+                )
             if name in local:
                 raise ValueError(
                     f"latent site '{name}' stands in the data plate '{local[name]}', and "

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import (
     AutoCallable,
     AutoDelta,
     AutoDiagonalNormal,
+    AutoDiscreteParallel,
     AutoGaussian,
     AutoGuideList,
     AutoIAFNormal,
@@ -201,6 +202,17 @@ def test_autoguide_in_a_list_with_a_latent_of_each_row():
     guide.append(AutoCallable(local_latent, lambda x: {"mu": mean()}))
     guide.append(AutoDiagonalNormal(poutine.block(local_latent, expose=["z"])))
     refused(["latent site 'z'", "AutoDiagonalNormal", "amortised"], local_latent, guide)
+
+
+def test_autoguide_of_a_discrete_latent_of_each_row():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(side, 1.0), obs=x)
+
+    # AutoNormal, the remedy for other latents, takes none that is discrete.
+    match = ["latent site 'side'", "AutoDiscreteParallel", "sum it out", "TraceEnum_ELBO"]
+    refused(match, model, AutoDiscreteParallel, elbo=pyro.infer.TraceEnum_ELBO(max_plate_nesting=1))
 
 
 def test_autoguide_with_a_missing_value_of_each_row():
