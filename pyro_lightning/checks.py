@@ -1,6 +1,7 @@
 """Refusals: what cannot give the right posterior is an error before the first step."""
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 
-from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import trainable_leaves
 from pyro_lightning.shapes import check_broadcast, check_growth
@@ -142,6 +143,38 @@ def check_scales(
                 "weight of the KL by poutine.scale belongs around the latents of both. "
                 f"{SEE_TABLE}"
             )
+
+
+def warn_of_unscaled(model: DataPlateMessenger, plates: Collection[str], dataset_size: int) -> None:
+    """Warn where a user asked for no scale and the model has latents that all rows share.
+
+    Args:
+        model: The handler under which the model ran, on one batch.
+        plates: Names of the plates over its rows.
+        dataset_size: N.
+    """
+    shared = [
+        site["name"]
+        for site in model.sites
+        if not site["is_observed"]
+        and not any(f.name in plates for f in site["cond_indep_stack"])
+        # A latent of the rows need not stand in a plate.
+        and not any(size % model.batch_size == 0 for size in site["value"].shape)
+    ]
+    by_hand = any(
+        isinstance(site["scale"], torch.Tensor) or site["scale"] != 1
+        for site in observed(model.sites)
+    )
+    if shared and not by_hand and model.batch_size < dataset_size:
+        warnings.warn(
+            f"data_plate=None scales nothing, and this model has latents that all rows share "
+            f"({', '.join(map(repr, shared))}): their prior counts N/B = "
+            f"{dataset_size / model.batch_size:g} times too much. Name the plate over the rows by "
+            "data_plate, or the observed sites by scale_sites; or scale by svi.scale_factor(batch) "
+            "in the model. If it is meant so, checks=False.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def check_leaves(loss: torch.Tensor, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from pyro_lightning.batches import (
     first_rows,
     map_tensors,
 )
-from pyro_lightning.checks import check_leaves, check_sites
+from pyro_lightning.checks import check_leaves, check_sites, warn_of_unscaled
 from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
@@ -98,6 +98,8 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
+            if not in_model.plates and not in_model.scale_sites:
+                warn_of_unscaled(in_model, plates, self._known_size())
             if counted and in_model.batch_size > 1:
                 self._check_growth(batch, handled, in_model, plates)
             self._check_params(batch, handled, in_model, in_guide, plates, counted)

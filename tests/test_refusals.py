@@ -246,7 +246,7 @@ def test_autoguide_with_a_global_plate_of_b_by_chance_serves():
         with pyro.plate("rows", len(x), dim=-2), columns:
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    svi = PyroSVIModule(model, dataset_size=N, data_plate=None)
+    svi = PyroSVIModule(model, dataset_size=B, data_plate=None)
     svi.loss(torch.zeros(B, B))
     assert svi.posterior_samples(3)["loc"].shape == (3, B)
 

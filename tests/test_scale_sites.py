@@ -4,6 +4,7 @@ Every model here has the same observations; its loss is checked against a sum wr
 """
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -204,3 +205,30 @@ def test_logged_loss_without_any_scale_is_scaled_to_the_training_set():
     with pyro.get_param_store().scope():
         whole = Trace_ELBO().loss(local_only, no_latents, x)
     assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_shared_latent_that_nothing_scales_is_warned_of(checks):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    svi = PyroSVIModule(model, data_plate=None, dataset_size=4 * len(X), checks=checks)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi.loss(X)
+        svi.loss(X)
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == checks
+    assert all("'mu'" in each and "N/B = 4" in each for each in messages)
+    PyroSVIModule(model, data_plate=None, dataset_size=len(X)).loss(X)  # all rows: right
+
+
+def test_a_shared_latent_beside_a_scale_by_hand_is_not_warned_of():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.poutine.scale(scale=svi.scale_factor(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    svi = PyroSVIModule(model, data_plate=None, dataset_size=4 * len(X))
+    assert svi.loss(X).isfinite()  # a warning would be an error here
