@@ -59,8 +59,10 @@ class Figures(LifeCycle):
     def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
         """Log what each of several steps of a batch would have logged; returns their mean loss."""
         first, every = self.trainer.global_step - len(results), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        per_obs = torch.stack([self._per_observation(result) for result in results])
-        rows = torch.tensor([result.rows for result in results], device=per_obs.device)
+        losses = torch.stack([result.loss for result in results])
+        rows = torch.tensor([result.rows for result in results], device=losses.device)
+        whole = torch.tensor([result.whole for result in results], device=losses.device)
+        per_obs = losses / torch.where(whole, self._known_size(), rows)
         mean = (per_obs * rows).sum() / rows.sum()
         self._add_to_epoch(mean, sum(result.rows for result in results))
         self._shown = per_obs[-1]

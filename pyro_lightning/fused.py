@@ -64,6 +64,8 @@ class FusedStep:
 
     Attributes:
         structure: That of the batches' arguments.
+        scheduled: Whether numbers of the optimizer, or the weight, may change from step to step
+            between :meth:`begin` and :meth:`finish`.
 
     Raises:
         Untraceable: When the optimizer cannot be a part of it.
@@ -81,6 +83,7 @@ class FusedStep:
         self._split_parameters()
         self._scalars: dict[Any, torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []
+        self.scheduled = True
         self.begin()
         example = self._arguments(inputs.rows, inputs.flat.tensors, 1.0)
         with torch.random.fork_rng():  # a trace draws random numbers as it runs
@@ -142,6 +145,8 @@ class FusedStep:
                 else:
                     held.append(torch.cat([state.reshape(-1) for state in states]))
             self._begun.append(held)
+        self._flat = [tensor for held in self._begun for tensor in held]
+        self._others: list[torch.Tensor] | None = None
 
     def finish(self) -> None:
         """Put dense parameters and their state back."""
@@ -162,28 +167,27 @@ class FusedStep:
                         for part, p in zip(torch.split(flat, sizes), dense.parameters, strict=True)
                     ]
                     torch._foreach_copy_([state.data for state in states], parts)
-        self._begun = []
+        self._begun, self._flat, self._others = [], [], None
 
     def _arguments(
         self, rows: torch.Tensor | None, tensors: Sequence[torch.Tensor], weight: float
     ) -> list[torch.Tensor]:
-        given = [tensor for held in self._begun for tensor in held]
+        given = self._flat.copy()
         for each in self._rows:
             assert rows is not None
             given += [t.index_select(each.table.dim, rows) for t in self._held(each)]
-        device = self._begun[0][0].device if self._begun else given[0].device
-        given.append(self._scalar(weight, device))
-        for each_group in self._groups:
-            numbers = numbers_of(self._optimizer, each_group)
-            given.append(self._scalar(tuple(numbers), device))
-        fixed = self._program.fixed()
-        return [
-            *given,
-            *(p.detach() for p in self._rest),
-            *fixed,
-            *tensors,
-            *self._program.traced.constants,
-        ]
+        if self._others is None or self.scheduled:
+            device = given[0].device
+            self._others = [
+                self._scalar(weight, device),
+                *(
+                    self._scalar(tuple(numbers_of(self._optimizer, g)), device)
+                    for g in self._groups
+                ),
+                *(p.detach() for p in self._rest),
+                *self._program.fixed(),
+            ]
+        return [*given, *self._others, *tensors, *self._program.traced.constants]
 
     def _held(self, rows: _Rows) -> list[torch.Tensor]:
         parameter = rows.table.parameter

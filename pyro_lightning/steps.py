@@ -100,16 +100,22 @@ class ManySteps(Figures):
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
+        fused.scheduled = bool(self.trainer.lr_scheduler_configs)
+        known: Any = None
         try:
             with torch.no_grad():
                 for number in numbers:
                     rows, given, structure = next(inputs)
-                    changed = bool(self.trainer.lr_scheduler_configs) and not fused.fits()
-                    if structure != fused.structure or changed:
-                        break  # another graph: numbers among the arguments, or in the optimizer
+                    # Another graph: numbers among the arguments, or in the optimizer.
+                    if structure is not known and structure != fused.structure:
+                        break
+                    if fused.scheduled and not fused.fits():
+                        break
+                    known = structure
                     losses.append(fused.step(rows, given, weight))
                     count_optimizer_steps(self.trainer, 1)
-                    self._step_schedulers("step", before + number)
+                    if fused.scheduled:
+                        self._step_schedulers("step", before + number)
         finally:
             fused.finish()
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
