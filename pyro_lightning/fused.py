@@ -90,6 +90,7 @@ class FusedStep:
             graph = make_graph(self._step, _copies(example))
         self._run: Callable[..., Any] = compile_graph(graph, _copies(example), options)
         self._check(graph, example)
+        self._others = None  # the example's weight is none of a batch's
 
     # -- what goes in ----------------------------------------------------------------------------
     def _split_parameters(self) -> None:
