@@ -83,6 +83,8 @@ class FusedStep:
         self._split_parameters()
         self._scalars: dict[Any, torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []
+        self._flat: list[torch.Tensor] = []
+        self._others: list[torch.Tensor] | None = None
         self.scheduled = True
         self.begin()
         example = self._arguments(inputs.rows, inputs.flat.tensors, 1.0)
@@ -147,7 +149,7 @@ class FusedStep:
                     held.append(torch.cat([state.reshape(-1) for state in states]))
             self._begun.append(held)
         self._flat = [tensor for held in self._begun for tensor in held]
-        self._others: list[torch.Tensor] | None = None
+        self._others = None
 
     def finish(self) -> None:
         """Put dense parameters and their state back."""
