@@ -104,6 +104,7 @@ def test_a_compiled_fit_is_the_eager_one(steps):
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
+@no_validation
 def test_a_loss_that_is_nan_by_its_noise_is_an_error_where_it_is_one_in_eager():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
