@@ -76,10 +76,13 @@ def compile_graph(
     every input again at each call, which takes as long as a small model does.
     """
     if options:
-        return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
+        # Its first use in a process turns the validation of distributions off, for good.
+        validates = Distribution._validate_args
+        compiled = torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
+        Distribution.set_default_validate_args(validates)
+        return compiled
     fallback = {"fallback_random": True, "reorder_for_peak_memory": False}
     known = _inductor.list_options()
     # Random numbers in eager's order, so that a seed gives the same noise.
     chosen = {name: value for name, value in fallback.items() if name in known}
-    compiled: Callable[..., Any] = _inductor.compile(graph, list(inputs), options=chosen)
-    return compiled
+    return _inductor.compile(graph, list(inputs), options=chosen)  # type: ignore[no-any-return]

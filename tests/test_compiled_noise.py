@@ -104,7 +104,6 @@ def test_a_compiled_fit_is_the_eager_one(steps):
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
-@no_validation
 def test_a_loss_that_is_nan_by_its_noise_is_an_error_where_it_is_one_in_eager():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -119,7 +118,8 @@ def test_a_loss_that_is_nan_by_its_noise_is_an_error_where_it_is_one_in_eager():
         for seed in range(100):
             torch.manual_seed(seed)
             try:
-                svi.loss(values_batch(seed)[0])
+                with pyro.validation_enabled(False):  # which would meet the NaN itself
+                    svi.loss(values_batch(seed)[0])
             except ValueError as error:
                 bad[-1].append(seed)
                 assert str(error).startswith("the loss ")

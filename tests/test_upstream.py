@@ -1,5 +1,7 @@
 """The private names of Pyro and torch that compilation leans on are as they were."""
 
+import subprocess
+import sys
 import warnings
 
 import pyro
@@ -174,3 +176,18 @@ def test_options_go_to_torch_compile():
     compiled = compile_graph(graph, [torch.ones(3)], {"backend": backend})
     assert compiled(torch.ones(3))[0].tolist() == [2.0, 2.0, 2.0]
     assert seen == [[(3,)]]
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}])
+def test_compiling_leaves_the_validation_of_distributions_on(options):
+    # In a process of its own: torch turns it off once.
+    code = f"""
+import torch
+from pyro_lightning._upstream import compile_graph, make_graph
+x = torch.ones(2)
+with torch.no_grad():
+    compile_graph(make_graph(lambda x: [x + 1], [x]), [x], {options})(x)
+assert torch.distributions.Distribution._validate_args
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
