@@ -22,11 +22,10 @@ from pyro_lightning.reads_data import (
     row_dims,
     sites_that_read_data,
 )
+from pyro_lightning.reruns import Handled, run_again
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.tables import FullSizeMessenger, plates_of_prototype
-
-Handled = Callable[[Any], Callable[..., Any]]
 
 
 def run_once(
@@ -107,19 +106,9 @@ def run_alike(
     """
     data = data_of(batch)
     alike = repeated_row(data, module.num_rows(data), count)
-    args, kwargs = module.model_inputs(alike)
     chosen = ChosenBatch(alike, torch.zeros(count, dtype=torch.long))
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(),
-        module._rows_of(chosen, count),
-        ShortenedValues(repeated_latents(sites, plates)),
-        module._handler(count)() as met,
-    ):
-        torch.manual_seed(seed)
-        handled(module.model)(*args, **kwargs)
-    found: list[Any] = met.sites
-    return found
+    values = ShortenedValues(repeated_latents(sites, plates))
+    return run_again(module, module.model, chosen, handled, values, seed=seed).sites
 
 
 def globals_of_data(
@@ -135,9 +124,11 @@ def globals_of_data(
         return ()
     data = data_of(batch)
     rows = module.num_rows(data)
-    inputs = module.model_inputs(repeated_row(data, rows, rows))
-    again = _run_again(module, batch, handled, module.guide, sites, inputs)
-    changed = _changed(sites, again)
+    # Auxiliary sites too, from which an autoguide computes its latents.
+    latents = {site["name"]: site["value"] for site in sites if not site["is_observed"]}
+    alike, values = repeated_row(data, rows, rows), ShortenedValues(latents)
+    again = run_again(module, module.guide, batch, handled, values, data=alike)
+    changed = _changed(sites, again.sites)
     others = {site["name"] for site in sites if is_latent(site)}.difference(changed)
     reading = sites_that_read_data(module, batch, handled, guide_sites, others)
     return (*changed, *sorted(reading))
@@ -158,21 +149,6 @@ def rows_of_sites(
     dims = row_dims(guide_sites, module._sites_of_data, module._row_plates())
     reading = sites_that_read_data(module, batch, handled, guide_sites, dims)
     return {name: dim for name, dim in dims.items() if name not in reading}
-
-
-def _run_again(
-    module: Any, batch: Any, handled: Handled, part: Any, sites: list[Any], inputs: Any
-) -> list[Any]:
-    """Run model or guide with latents of the same values; returns the sites that ran."""
-    rows = module.num_rows(data_of(batch))
-    # Auxiliary sites too, from which an autoguide computes its latents.
-    latents = {site["name"]: site["value"] for site in sites if not site["is_observed"]}
-    args, kwargs = inputs
-    again = module._handler(rows)()
-    with torch.no_grad(), module._rows_of(batch, rows), ShortenedValues(latents):
-        again(handled(part))(*args, **kwargs)
-    met: list[Any] = again.sites
-    return met
 
 
 def _changed(before: list[Any], after: list[Any]) -> tuple[str, ...]:
@@ -197,15 +173,12 @@ def params_of_shorter(
     data = data_of(batch)
     rows = module.num_rows(data) - 1
     shorter = first_rows(data, rows)
-    args, kwargs = module.model_inputs(shorter)
     store, module._pyro_param_store = module._pyro_param_store, ParamStoreModule()
     found = {}
     try:
         batch = ChosenBatch(shorter, torch.arange(rows) % module._count_rows())
         for part in (module.guide, module.model):
-            met = module._handler(rows)()
-            with torch.no_grad(), module._rows_of(batch, rows), values:
-                met(handled(part))(*args, **kwargs)
+            met = run_again(module, part, batch, handled, values)
             found.update({param["name"]: tuple(param["value"].shape) for param in met.params})
     finally:
         module._pyro_param_store = store

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Optimizer, RMSprop, Rprop
 
+from pyro_lightning.params import shown_name
+
 # What has no gradient stays where it is, under these without momentum and weight decay.
 _STEADY = (SGD, Adagrad, RMSprop, Adadelta, Rprop)
 
@@ -81,9 +83,7 @@ def warn_of_indexed(
     if steady or not names:
         return
     shown = ", ".join(
-        f"'{name.removeprefix('_pyro_param_store.').replace('|', '.')}' (shape "
-        f"{tuple(parameters[name].shape)})"
-        for name in names
+        f"'{shown_name(name)}' (shape {tuple(parameters[name].shape)})" for name in names
     )
     warnings.warn(
         f"parameter {shown} has one entry for each row of the data set, which the data of a batch "

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import (
 
 from pyro_lightning.guides import parts_of
 from pyro_lightning.masks import mask_of
-from pyro_lightning.rows import data_of
+from pyro_lightning.reruns import Handled, run_again
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE, described
 
@@ -163,30 +163,15 @@ def _log_prob(site: Any) -> torch.Tensor:
         return torch.as_tensor(scale_and_mask(log_prob, 1.0, site["mask"]))
 
 
-def run_model_with(
-    module: Any, batch: Any, handled: Callable[[Any], Callable[..., Any]], values: dict[str, Any]
-) -> list[Any]:
+def run_model_with(module: Any, batch: Any, handled: Handled, values: dict[str, Any]) -> list[Any]:
     """Run a module's model on a batch with latents of given values, on one random state."""
-    data = data_of(batch)
-    args, kwargs = module.model_inputs(data)
-    rows = module.num_rows(data)
-    met = module._handler(rows)()
-    with (
-        torch.random.fork_rng(),
-        torch.no_grad(),
-        module._rows_of(batch, rows),
-        ShortenedValues(values),
-    ):
-        torch.manual_seed(0)
-        met(handled(module.model))(*args, **kwargs)
-    sites: list[Any] = met.sites
-    return sites
+    return run_again(module, module.model, batch, handled, ShortenedValues(values), seed=0).sites
 
 
 def find_masked(
     module: Any,
     batch: Any,
-    handled: Callable[[Any], Callable[..., Any]],
+    handled: Handled,
     model_sites: list[Any],
     guide_sites: list[Any],
     refuse: bool,

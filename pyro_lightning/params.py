@@ -192,6 +192,17 @@ class ParamStoreModule(nn.Module):
         return self.__dict__.copy()
 
 
+def shown_name(name: str) -> str:
+    """Return the name by which a user knows a parameter of a module.
+
+    Example:
+        >>> shown_name("_pyro_param_store.net|loc"), shown_name("guide.scale_unconstrained")
+        ('net.loc', 'guide.scale')
+    """
+    name = name.removeprefix("_pyro_param_store.").replace("|", ".")
+    return name.removesuffix("_unconstrained")
+
+
 def _key(name: str) -> str:
     return name.replace(".", "|")
 

@@ -1,18 +1,18 @@
 """A refusal of parameters that a row reads by its place in the batch."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyro_lightning.analytic_kl import point_of
+from pyro_lightning.params import shown_name
 from pyro_lightning.reads_data import repeated_latents, repeated_row, row_dim
+from pyro_lightning.reruns import Handled, run_again
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, data_of
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
-
-Handled = Callable[[Any], Callable[..., Any]]
 
 # Of equal rows that do not differ, rounding leaves less than this.
 _OF_ITSELF, _OF_THE_LARGEST = 1e-3, 1e-6
@@ -65,11 +65,9 @@ def check_places(
         # A batch of equal rows is not the user's, and may be one that no model takes.
         return
     for name in found:
-        shown = name.removeprefix("_pyro_param_store.").replace("|", ".")
-        shown = shown.removesuffix("_unconstrained")
         raise ValueError(
-            f"parameter '{shown}' (shape {tuple(suspects[name].shape)}) is read by the place of a "
-            "row in the batch: entry i by whatever row comes i-th. The row numbers that "
+            f"parameter '{shown_name(name)}' (shape {tuple(suspects[name].shape)}) is read by the "
+            "place of a row in the batch: entry i by whatever row comes i-th. The row numbers that "
             "`with pyro.plate(...) as i` gives count within the batch, 0 to B-1. For parameters "
             "of each row write pyro.param(name, value of all N rows, event_dim=...) inside the "
             "data plate, with batches that tell their rows (ArrayDataModule, IndexedDataset); or "
@@ -90,22 +88,14 @@ def _densities(
     data = data_of(batch)
     rows = module.num_rows(data)
     alike = repeated_row(data, rows, rows)
-    args, kwargs = module.model_inputs(alike)
     # Parameters of each row are read at one row, too.
     batch = ChosenBatch(alike, batch.rows[:1].expand(rows))
     for part, ran in zip((module.model, module.guide), sites, strict=True):
         values = repeated_latents(ran, plates)
         runs = []
         for seed in range(2):
-            met = module._handler(rows)()
-            with (
-                torch.enable_grad(),
-                torch.random.fork_rng(),
-                module._rows_of(batch, rows),
-                ShortenedValues(values),
-            ):
-                torch.manual_seed(seed)
-                met(handled(part))(*args, **kwargs)
+            held = ShortenedValues(values)
+            met = run_again(module, part, batch, handled, held, seed=seed, gradient=True)
             runs.append({s["name"]: _by_row(s, plates, rows) for s in met.sites})
         for name, one in runs[0].items():
             other = runs[1].get(name)

@@ -1,16 +1,15 @@
 """Which latents a guide computes from the data of its batch, and which from parameters alone."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from pyro_lightning.analytic_kl import point_of
 from pyro_lightning.batches import map_tensors
+from pyro_lightning.reruns import Handled, run_again
 from pyro_lightning.rows import data_of
 from pyro_lightning.shapes import ShortenedValues
-
-Handled = Callable[[Any], Callable[..., Any]]
 
 
 def repeated_row(data: Any, rows: int, count: int) -> Any:
@@ -52,18 +51,12 @@ def sites_that_read_data(
     parameters = [p for p in module.parameters() if p.requires_grad]
     found = []
     for each in (data, repeated_row(data, rows, rows)):
-        args, kwargs = module.model_inputs(each)
-        met = module._handler(rows)()
+        values = ShortenedValues(latents)
         # One random state, so that dropout is no difference.
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(),
-            module._rows_of(batch, rows),
-            ShortenedValues(latents),
-        ):
-            torch.manual_seed(0)
-            met(handled(module.guide))(*args, **kwargs)
-            found.append({s["name"]: s for s in met.sites if s["name"] in names})
+        met = run_again(
+            module, module.guide, batch, handled, values, data=each, seed=0, gradient=True
+        )
+        found.append({s["name"]: s for s in met.sites if s["name"] in names})
     one, other = found
     return {
         name
