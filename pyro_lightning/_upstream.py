@@ -78,9 +78,10 @@ def compile_graph(
     if options:
         # Its first use in a process turns the validation of distributions off, for good.
         validates = Distribution._validate_args
-        compiled = torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
-        Distribution.set_default_validate_args(validates)
-        return compiled
+        try:
+            return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **options})
+        finally:
+            Distribution.set_default_validate_args(validates)
     fallback = {"fallback_random": True, "reorder_for_peak_memory": False}
     known = _inductor.list_options()
     # Random numbers in eager's order, so that a seed gives the same noise.

@@ -1,7 +1,6 @@
 """Compiled losses of a module: one for each batch shape, compared with eager before its use."""
 
 import os
-import random
 import sysconfig
 import traceback
 import warnings
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -19,7 +17,7 @@ from pyro_lightning.compared import compare, of_eager, of_program, trained
 from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, find_guards
 from pyro_lightning.program import Program, StepInputs, step_inputs
-from pyro_lightning.states import drawing, preserved_state
+from pyro_lightning.states import drawing, drawing_in_python, preserved_state
 from pyro_lightning.tracing import Untraceable
 from pyro_lightning.updates import is_served
 
@@ -112,7 +110,7 @@ class CompiledLoss:
         Raises:
             RuntimeError: When the loss cannot be compiled and ``strict`` is set.
         """
-        if not trained(module):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             return None  # there is no gradient to compute
         with self._refusing():
             inputs = self._inputs(module, batch)
@@ -236,11 +234,11 @@ class CompiledLoss:
 
     def _trace(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         self.traces += 1
-        before = random.getstate(), np.random.get_state()
         with preserved_state(module):
+            drew = drawing_in_python()
             entry.program = Program(module, inputs)
-            after = random.getstate(), np.random.get_state()
-        if before[0] != after[0] or not all(map(np.array_equal, before[1], after[1])):
+            drawn = drew()
+        if drawn:
             raise Untraceable(
                 "the model draws from Python's or NumPy's random numbers, which would be the same "
                 "at each step: draw from torch's"

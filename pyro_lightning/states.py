@@ -40,6 +40,17 @@ def preserved_state(module: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def drawing_in_python() -> Callable[[], bool]:
+    """Return what tells whether Python's or NumPy's random numbers were drawn from now on."""
+    python, numpy = random.getstate(), np.random.get_state()
+
+    def drew() -> bool:
+        alike = all(map(np.array_equal, numpy, np.random.get_state()))
+        return random.getstate() != python or not alike
+
+    return drew
+
+
 def drawing(run: Callable[[], _Result]) -> tuple[_Result, bool]:
     """Run something; tells whether it drew random numbers, which are then put back.
 
@@ -50,12 +61,9 @@ def drawing(run: Callable[[], _Result]) -> tuple[_Result, bool]:
         True
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    in_python = drawing_in_python()
     result = run()
-    drew = not (
-        torch.equal(before[2], torch.get_rng_state())
-        and random.getstate() == before[0]
-        and all(map(np.array_equal, before[1], np.random.get_state()))
-    )
+    drew = in_python() or not torch.equal(before[2], torch.get_rng_state())
     if drew:
         random.setstate(before[0])
         np.random.set_state(before[1])

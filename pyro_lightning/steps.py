@@ -43,7 +43,7 @@ class ManySteps(Figures):
         results: list[StepResult] = []
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
-            fused = self._fused(parts[done], optimizer.optimizer)
+            fused = self._fused(parts, done, optimizer.optimizer)
             if fused is None:
                 results.append(self._take_step(parts[done], optimizer))
                 self._step_schedulers("step", before + done)
@@ -71,7 +71,7 @@ class ManySteps(Figures):
         return StepResult(loss.detach(), self.num_rows(data_of(part)), whole)
 
     # -- whole steps, compiled -------------------------------------------------------------------
-    def _fused(self, part: Any, optimizer: Optimizer) -> FusedStep | None:
+    def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
         # Several processes average gradients, and a scaler looks at them, between loss and update.
         if self._compiled is None or not self._initialised or self.trainer.world_size > 1:
             return None
@@ -79,9 +79,9 @@ class ManySteps(Figures):
             return None
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return None
-        if _repeats(part):
+        if parts.repeats(number):
             return None
-        return self._compiled.step(self, part, optimizer)
+        return self._compiled.step(self, parts[number], optimizer)
 
     def _looks_between(self) -> bool:
         """Whether hooks of the user's, or of a callback, run between loss and update."""

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from compiled_models import regression, regression_batch, rows, values_batch
+from lightning.pytorch import Callback
 from pyro.infer.autoguide import AutoNormal
 from support import quiet_trainer
 
@@ -30,6 +31,17 @@ def fit(steps, optimizer=ADAM, count=ROWS, data=None, trainer=None, ckpt=None, *
     torch.manual_seed(1)
     runner.fit(svi, datamodule=ArrayDataModule(arrays, **given), ckpt_path=ckpt)
     return svi, runner
+
+
+def resumed(steps, path, state, epochs, **options):
+    """Go on with a fit from a checkpoint and the state that torch's random numbers had there."""
+
+    class Noise(Callback):
+        def on_train_start(self, trainer, pl_module):
+            torch.set_rng_state(state)
+
+    flags = {"max_epochs": epochs, "callbacks": [Noise()], "num_sanity_val_steps": 0}
+    return fit(steps, trainer=flags, ckpt=path, **options)
 
 
 def state_of(optimizer):

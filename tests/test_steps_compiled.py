@@ -10,7 +10,7 @@ from compiled_models import CASES, N, bits_batch, rows, vae, values_batch
 from compiled_support import AS_TRACED
 from lightning.pytorch import Callback
 from pyro.infer.autoguide import AutoNormal
-from steps_support import ADAM, assert_same_fit, fit
+from steps_support import ADAM, assert_same_fit, fit, resumed
 from support import no_validation, quiet_trainer
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -145,12 +145,8 @@ def test_a_resumed_fit_is_the_uninterrupted_one(double_precision, tmp_path):
     trainer.save_checkpoint(path)
     state = torch.get_rng_state()
 
-    class Noise(Callback):
-        def on_train_start(self, trainer, pl_module):
-            torch.set_rng_state(state)
-
-    flags = {"max_epochs": 4, "callbacks": [Noise()], "num_sanity_val_steps": 0}
-    assert_same_fit(fit(4, trainer=flags, ckpt=path, **options), whole, rtol=1e-9, atol=1e-11)
+    again = resumed(4, path, state, 4, **options)
+    assert_same_fit(again, whole, rtol=1e-9, atol=1e-11)
 
 
 def test_a_second_fit_starts_with_a_new_optimizer(double_precision):

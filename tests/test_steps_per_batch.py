@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from steps_support import ADAM, ROWS, B, assert_same_fit, fit, make
+from steps_support import ADAM, ROWS, B, assert_same_fit, fit, make, resumed
 from support import no_validation, quiet_trainer
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,17 +180,8 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path, steps):
     trainer.save_checkpoint(path)
     state = torch.get_rng_state()
 
-    class Noise(Callback):
-        def on_train_start(self, trainer, pl_module):
-            torch.set_rng_state(state)
-
-    resumed = fit(
-        steps,
-        trainer={"max_epochs": 4, "callbacks": [Noise()], "num_sanity_val_steps": 0},
-        ckpt=path,
-        **options,
-    )
-    assert_same_fit(resumed, whole, **EXACTLY)
+    again = resumed(steps, path, state, 4, **options)
+    assert_same_fit(again, whole, **EXACTLY)
 
 
 @pytest.mark.parametrize(("saved", "now"), [(3, 1), (1, 3), (3, 2)])

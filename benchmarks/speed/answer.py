@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Clock, Stopped
+from benchmarks.speed.entry import Entry
 from benchmarks.speed.methods import Method
 from benchmarks.speed.references import REFERENCES
 from benchmarks.speed.rounds import Settings
@@ -63,24 +64,13 @@ def _array(value: Any) -> np.ndarray:
 
 
 @dataclass
-class Answer:
+class Answer(Entry):
     """When a method came near, or how near it came."""
 
-    workload: str
-    method: str
-    title: str
     seconds: float = math.nan
     steps: int = 0
     reached: bool = False
     distance: float = math.nan
-    missing: str | None = None
-    failure: str | None = None
-
-    as_dict = asdict
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Answer":
-        return cls(**entry)
 
 
 def _watch(worker: Worker, answer: Answer, reference: Any, limit: float) -> None:

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Clock, Stopped
+from benchmarks.speed.entry import Entry
 from benchmarks.speed.methods import Method
 from benchmarks.speed.rounds import Settings
 from benchmarks.speed.workers import Failed, Worker
@@ -72,21 +73,10 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 @dataclass
-class Busy:
+class Busy(Entry):
     """The share of time that the GPU computes or copies."""
 
-    workload: str
-    method: str
-    title: str
     share: float | None = None
-    missing: str | None = None
-    failure: str | None = None
-
-    as_dict = asdict
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Busy":
-        return cls(**entry)
 
 
 def busy(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -> list[Busy]:

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,22 +12,18 @@ from typing import Any
 
 from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Chunk, Clock
+from benchmarks.speed.entry import Entry
 from benchmarks.speed.methods import Method
 from benchmarks.speed.workers import Failed, Worker
 from benchmarks.speed.workloads import WORKLOADS
 
 
 @dataclass
-class Result:
+class Result(Entry):
     """What was measured of one method on one workload."""
 
-    workload: str
-    method: str
-    title: str
     rows: int = 0
     chunks: list[Chunk] = field(default_factory=list)
-    missing: str | None = None  # why it was left out
-    failure: str | None = None  # the traceback, where it failed
 
     @property
     def measured(self) -> bool:
@@ -49,10 +45,10 @@ class Result:
         return median(theirs.microseconds / mine.microseconds for theirs, mine in pairs)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "chunks": [chunk._asdict() for chunk in self.chunks]}
+        return {**super().as_dict(), "chunks": [chunk._asdict() for chunk in self.chunks]}
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Result":
+    def from_dict(cls, entry: dict[str, Any]) -> Any:
         return cls(**{**entry, "chunks": [Chunk(**chunk) for chunk in entry["chunks"]]})
 
 
@@ -91,7 +87,7 @@ def measure(
         try:
             for method in methods:
                 missing = method.missing(settings.device)
-                result = Result(key, method.key, method.title, rows, missing=missing)
+                result = Result(key, method.key, method.title, rows=rows, missing=missing)
                 results.append(result)
                 if missing is None:
                     options = {

@@ -2,13 +2,14 @@
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import job as jobs
 from benchmarks.speed.clock import Clock
+from benchmarks.speed.entry import Entry
 from benchmarks.speed.methods import Method
 from benchmarks.speed.rounds import Settings
 from benchmarks.speed.workers import Failed, Worker
@@ -23,25 +24,14 @@ KEEP_ALL = {
 
 
 @dataclass
-class Start:
+class Start(Entry):
     """Seconds from loaded data to the end of the third step, imports of compilers included.
 
     A trace is made at the first step, compared with eager at the second, and runs from then on.
     """
 
-    workload: str
-    method: str
-    title: str
     cold: float | None = None
     warm: float | None = None
-    missing: str | None = None
-    failure: str | None = None
-
-    as_dict = asdict
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Start":
-        return cls(**entry)
 
 
 def starts(ctx: Any, key: str, methods: Iterable[Method], settings: Settings) -> list[Start]:
