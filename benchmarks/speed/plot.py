@@ -8,6 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file is written; there may be no screen
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
 
 from benchmarks.speed.results import by_workload
 from benchmarks.speed.rounds import Result
@@ -37,11 +39,18 @@ def draw(path: Path, results: Iterable[Result]) -> None:
             axis.plot(result.microseconds, at, "o", color=colour, ms=5)
         work = WORKLOADS[key]
         axis.set(xscale="log", xlabel="us a step")
+        # Few labels, so that those of a short axis do not run into each other.
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 3.0), numticks=6))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(textwrap.fill(f"{key}: {work.title}", 26), fontsize=8)
         axis.tick_params(labelsize=7)
+        axis.tick_params(axis="x", labelrotation=45)
         axis.grid(alpha=0.25)
         axis.set_yticks(range(len(titles)), [title for _, title in titles], fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    # It has few colours: a palette is a third of the size.
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
