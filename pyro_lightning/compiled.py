@@ -46,6 +46,17 @@ def read_compile(compile: Any) -> "CompiledLoss | None":
     )
 
 
+def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether options of ``torch.compile`` have it make CUDA graphs.
+
+    Example:
+        >>> asks_for_cuda_graphs({"mode": "reduce-overhead"})
+        True
+    """
+    named = options.get("mode") in ("reduce-overhead", "max-autotune")
+    return named or bool(options.get("options", {}).get("triton.cudagraphs"))
+
+
 class _Entry:
     """A batch shape with the Python state of its steps."""
 
@@ -141,7 +152,10 @@ class CompiledLoss:
             if not self._may_be_used(module, batch, inputs, entry) or not entry.trusted:
                 return None
             with _failing(entry):
-                return self._fused(entry, optimizer, inputs)
+                fused = self._fused(entry, optimizer, inputs)
+            if fused is not None:
+                fused.inputs = inputs
+            return fused
         return None
 
     def _fused(self, entry: _Entry, optimizer: Optimizer, inputs: StepInputs) -> FusedStep | None:

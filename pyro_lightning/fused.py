@@ -64,6 +64,7 @@ class FusedStep:
 
     Attributes:
         structure: That of the batches' arguments.
+        inputs: Those of the batch that :meth:`begin` was called for.
         scheduled: Whether numbers of the optimizer, or the weight, may change from step to step
             between :meth:`begin` and :meth:`finish`.
 
@@ -80,6 +81,7 @@ class FusedStep:
     ) -> None:
         self._program, self._optimizer, self._options = program, optimizer, options
         self._kind, self.structure = _kind(optimizer), inputs.flat.structure
+        self.inputs = inputs
         self._split_parameters()
         self._scalars: dict[Any, torch.Tensor] = {}
         self._begun: list[list[torch.Tensor]] = []

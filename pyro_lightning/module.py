@@ -205,10 +205,13 @@ class PyroSVIModule(ManySteps):
             results = self._take_steps(batch)
             self._mark_rows(batch)
             return self._log_steps(results)
-        loss, whole = self._estimate(batch)
-        self._log_step(StepResult(loss, self.num_rows(data_of(batch)), whole))
+        result = self._step_at_once(batch)
+        if result is None:
+            loss, whole = self._estimate(batch)
+            result = StepResult(loss, self.num_rows(data_of(batch)), whole)
+        self._log_step(result)
         self._mark_rows(batch)
-        return loss * self.batch_weight(batch) if whole else loss
+        return result.loss * self.batch_weight(batch) if result.whole else result.loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.

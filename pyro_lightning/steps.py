@@ -5,32 +5,24 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps, resumes_fit
 from pyro_lightning.batches import map_tensors
-from pyro_lightning.closures import is_library
-from pyro_lightning.compiled import CompiledLoss
-from pyro_lightning.figures import Figures, StepResult
+from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 from pyro_lightning.runs import Runs
+from pyro_lightning.whole_steps import WholeSteps, has_repeats
 
 
-class ManySteps(Figures):
+class ManySteps(WholeSteps):
     """Cuts a batch of the loader into mini-batches, and takes an optimizer step on each."""
 
     steps_per_batch: int
-    _compiled: CompiledLoss | None
     _rows_per_step: int | None = None
-    _whole: bool = True
-
-    def batch_weight(self, batch: Any) -> float:
-        """What multiplies a batch's loss in training."""
-        raise NotImplementedError
 
     def _take_steps(self, batch: Any) -> list[StepResult]:
         """Take the optimizer steps of a batch of the loader, one for each mini-batch in it."""
@@ -72,27 +64,9 @@ class ManySteps(Figures):
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
-        # Several processes average gradients, and a scaler looks at them, between loss and update.
-        if self._compiled is None or not self._initialised or self.trainer.world_size > 1:
-            return None
-        if self._looks_between():
-            return None
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return None
-        if parts.repeats(number):
+        if self._compiled is None or not self._may_fuse() or parts.repeats(number):
             return None
         return self._compiled.step(self, parts[number], optimizer)
-
-    def _looks_between(self) -> bool:
-        """Whether hooks of the user's, or of a callback, run between loss and update."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        between = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
-        mine = [getattr(type(self), name).__module__ for name in (*between, "backward")]
-        return any(not is_library(module) for module in mine) or any(
-            getattr(type(each), name) is not getattr(Callback, name)
-            for each in callbacks
-            for name in between
-        )
 
     def _take_fused(
         self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
@@ -236,8 +210,8 @@ class Parts:
     def repeats(self, number: int) -> bool:
         """Whether a mini-batch holds a row twice; looked at one by one only if the batch does."""
         if self._repeats is None:
-            self._repeats = _repeats(self.batch)
-        return self._repeats and _repeats(self[number])
+            self._repeats = has_repeats(self.batch)
+        return self._repeats and has_repeats(self[number])
 
     def __getitem__(self, number: int) -> Any:
         if number >= len(self):
@@ -255,11 +229,3 @@ class Parts:
         if isinstance(source, torch.Tensor):
             source = taken(source)
         return type(self.batch)(part, taken(torch.as_tensor(self.batch.rows)), source)
-
-
-def _repeats(batch: Any) -> bool:
-    """Whether a row of parameters of its own comes twice: its gradients add up."""
-    if not isinstance(batch, IndexedBatch):
-        return False
-    rows = torch.as_tensor(batch.rows)
-    return len(torch.unique(rows)) < len(rows)

@@ -56,9 +56,10 @@ def assert_same_parameters(svi, eager):
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
-def test_optimizers_are_the_same(double_precision, name):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_optimizers_are_the_same(double_precision, name, steps):
     optimizer = {**OPTIMIZERS, **OTHERS}[name]
-    found = fit(4, optimizer, compile=AS_TRACED)
+    found = fit(steps, optimizer, compile=AS_TRACED)
     assert_same_fit(found, fit(1, optimizer), rtol=1e-9, atol=1e-11)
     assert takes_whole_steps(found[0]) == (name in OPTIMIZERS)
     assert found[0]._compiled.compilations == 1
@@ -79,8 +80,9 @@ def test_groups_of_parameters_are_the_same(double_precision):
 
 @no_validation
 @pytest.mark.parametrize("optimizer", [ADAM, OPTIMIZERS["AdamW"]])
-def test_rows_are_the_same(double_precision, optimizer):
-    found = fit(4, optimizer, model=rows, compile=AS_TRACED)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rows_are_the_same(double_precision, optimizer, steps):
+    found = fit(steps, optimizer, model=rows, compile=AS_TRACED)
     assert_same_fit(found, fit(1, optimizer, model=rows), rtol=1e-9, atol=1e-11)
     assert takes_whole_steps(found[0])
 
@@ -98,8 +100,9 @@ def test_rows_are_the_same(double_precision, optimizer):
     ],
     ids=["exponential", "one cycle", "plateau"],
 )
-def test_schedulers_are_the_same(double_precision, schedule):
-    found = fit(4, lr_scheduler=schedule, compile=AS_TRACED)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_schedulers_are_the_same(double_precision, schedule, steps):
+    found = fit(steps, lr_scheduler=schedule, compile=AS_TRACED)
     assert_same_fit(found, fit(1, lr_scheduler=schedule), rtol=1e-9, atol=1e-11)
     assert takes_whole_steps(found[0])
     assert found[0]._compiled.compilations == 1
@@ -114,17 +117,19 @@ def test_max_steps_is_the_same(double_precision, most):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_last_batch_of_another_size_is_the_same(double_precision, drop_last):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_last_batch_of_another_size_is_the_same(double_precision, drop_last, steps):
     options = {"count": 47, "data": {"drop_last": drop_last}}
-    found = fit(4, compile=AS_TRACED, **options)
+    found = fit(steps, compile=AS_TRACED, **options)
     assert_same_fit(found, fit(1, **options), rtol=1e-9, atol=1e-11)
     assert takes_whole_steps(found[0])
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_networks_with_dropout_and_statistics_are_the_same(double_precision, norm):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_networks_with_dropout_and_statistics_are_the_same(double_precision, norm, steps):
     found = []
-    for options in ({"compile": AS_TRACED, "steps_per_batch": 4}, {}):
+    for options in ({"compile": AS_TRACED, "steps_per_batch": steps}, {}):
         torch.manual_seed(0)
         # The gradient of a bias before BatchNorm is rounding, which Adam would make steps of.
         optimizer = partial(SGD, lr=1e-4, momentum=0.9) if norm else ADAM
@@ -137,22 +142,24 @@ def test_networks_with_dropout_and_statistics_are_the_same(double_precision, nor
     assert_same_fit(*found, rtol=1e-9, atol=1e-11)
 
 
-def test_a_resumed_fit_is_the_uninterrupted_one(double_precision, tmp_path):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_resumed_fit_is_the_uninterrupted_one(double_precision, tmp_path, steps):
     options = {"data": {"shuffle": False}, "compile": AS_TRACED}
-    whole = fit(4, trainer={"max_epochs": 4}, **options)
-    _, trainer = fit(4, trainer={"max_epochs": 2}, **options)
+    whole = fit(steps, trainer={"max_epochs": 4}, **options)
+    _, trainer = fit(steps, trainer={"max_epochs": 2}, **options)
     path = tmp_path / "half.ckpt"
     trainer.save_checkpoint(path)
     state = torch.get_rng_state()
 
-    again = resumed(4, path, state, 4, **options)
+    again = resumed(steps, path, state, 4, **options)
     assert_same_fit(again, whole, rtol=1e-9, atol=1e-11)
 
 
-def test_a_second_fit_starts_with_a_new_optimizer(double_precision):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_second_fit_starts_with_a_new_optimizer(double_precision, steps):
     found = []
     for options in ({"compile": AS_TRACED}, {}):
-        svi, _ = fit(4 if options else 1, **options)
+        svi, _ = fit(steps if options else 1, **options)
         trainer = quiet_trainer(max_epochs=2)
         arrays = CASES["AutoNormal"].batch(5, rows=44)
         trainer.fit(svi, datamodule=ArrayDataModule(arrays, batch_size=4))
@@ -187,19 +194,22 @@ def clipped(**options):
     return svi, trainer
 
 
-def test_hooks_of_a_subclass_between_loss_and_update_run(double_precision):
-    found = clipped(steps_per_batch=4, compile=AS_TRACED)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_hooks_of_a_subclass_between_loss_and_update_run(double_precision, steps):
+    found = clipped(steps_per_batch=steps, compile=AS_TRACED)
     assert not takes_whole_steps(found[0])
     assert_same_fit(found, clipped(), rtol=1e-9, atol=1e-11)
 
 
-def test_hooks_of_callbacks_between_loss_and_update_run():
+@pytest.mark.parametrize("steps", [1, 4])
+def test_hooks_of_callbacks_between_loss_and_update_run(steps):
     watch = Watches()
-    fit(4, trainer={"callbacks": [watch]}, compile=AS_TRACED)
+    fit(steps, trainer={"callbacks": [watch]}, compile=AS_TRACED)
     assert watch.steps == 33
 
 
-def test_a_parameter_that_is_frozen_between_epochs_stays(double_precision):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_parameter_that_is_frozen_between_epochs_stays(double_precision, steps):
     class Freezes(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             first = next(pl_module.parameters())
@@ -210,8 +220,43 @@ def test_a_parameter_that_is_frozen_between_epochs_stays(double_precision):
     for options in ({"compile": AS_TRACED}, {}):
         watch = Freezes()
         flags = {"callbacks": [watch], "max_epochs": 6}
-        found.append(fit(4 if options else 1, trainer=flags, **options))
+        found.append(fit(steps if options else 1, trainer=flags, **options))
         assert torch.equal(next(found[-1][0].parameters()), watch.value)
+    assert_same_fit(*found, rtol=1e-9, atol=1e-11)
+
+
+# -- one step at a time ---------------------------------------------------------------------------
+
+
+class Doubles(PyroSVIModule):
+    """Trains on twice the loss."""
+
+    def training_step(self, batch, batch_idx):
+        return 2 * super().training_step(batch, batch_idx)
+
+
+class WarmsUp(PyroSVIModule):
+    """Steps at a learning rate of its own."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-6 * (1 + self.trainer.global_step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+@pytest.mark.parametrize("kind", [Doubles, WarmsUp])
+def test_what_a_subclass_does_to_a_step_is_done(double_precision, kind):
+    found = []
+    for options in ({"compile": AS_TRACED}, {}):
+        torch.manual_seed(0)
+        optimizer = partial(SGD, lr=1e-5)
+        svi = kind(CASES["AutoNormal"].make().model, optimizer=optimizer, **options)
+        trainer = quiet_trainer(max_epochs=2)
+        torch.manual_seed(1)
+        trainer.fit(svi, datamodule=ArrayDataModule(CASES["AutoNormal"].batch(5, 44), 4))
+        found.append((svi, trainer))
+    assert found[0][0]._compiled.compilations == 1
+    assert not takes_whole_steps(found[0][0])
     assert_same_fit(*found, rtol=1e-9, atol=1e-11)
 
 
@@ -287,8 +332,9 @@ def test_inductor_takes_the_same_steps(double_precision):
 
 @pytest.mark.slow
 @no_validation
-def test_inductor_takes_the_same_steps_of_rows():
-    svi, _ = fit(4, model=rows, compile="strict")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_inductor_takes_the_same_steps_of_rows(steps):
+    svi, _ = fit(steps, model=rows, compile="strict")
     assert_same_parameters(svi, fit(1, model=rows)[0])
     assert takes_whole_steps(svi)
 
