@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_lightning.rows import data_of
+from pyro_lightning.streams import first_items
 
 
 def named_tensors(batch: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,9 +95,9 @@ def first_of(loaders: Any) -> Any:
 def example_batch(loader: Any) -> Any:
     """Take one batch as a loader would make it, in this process, without moving its sampler.
 
-    A map-style data set is asked for its first rows, so that neither the sampler's random state
-    nor the loader's workers are touched. Several loaders give a batch of each. Anything else is
-    iterated once.
+    A map-style data set, and one of litdata, is asked for its first rows, so that neither the
+    sampler's random state nor the loader's workers are touched. Several loaders give a batch of
+    each. Anything else is iterated once.
 
     Raises:
         ValueError: When a stream can be iterated only once.
@@ -109,6 +110,9 @@ def example_batch(loader: Any) -> Any:
         return next(_anew(loader))
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
+        items = first_items(dataset, max(loader.batch_size or 2, 2))
+        if items is not None:
+            return loader.collate_fn(items if loader.batch_size else items[0])
         _anew(dataset)
         alone = DataLoader(dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
         return next(iter(alone))

@@ -39,6 +39,7 @@ from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
+from pyro_lightning.streams import check_shares
 from pyro_lightning.structure import explained_scales
 
 # What Lightning ignores of a scheduler, with a warning, where optimization is manual.
@@ -164,6 +165,8 @@ class LifeCycle(Runs):
             )
         with preserved_state(self):  # a user's hook or data set may draw random numbers
             loader = stage_loader(self.trainer, stage)
+            if training:
+                check_shares(loader, self.trainer.world_size, self.trainer.global_rank)
             if training or self._dataset_size is None:
                 self._dataset_size = self._resolve_size(loader if training else None)
             if not training:

@@ -15,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-_STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
+from pyro_lightning.streams import STATE_IT, stream_size
 
 
 def _row_sampler(loader: DataLoader[Any]) -> Any:
@@ -29,11 +29,13 @@ def dataset_size_of(loader: Any) -> int:
     """Read N, the number of observations in the training set, from its loader.
 
     N is the whole set's: a rank's share of a ``DistributedSampler`` and rows that ``drop_last``
-    leaves out count; rows of the parent outside a ``Subset`` or ``SubsetRandomSampler`` do not.
+    leaves out count; rows of the parent outside a ``Subset`` or ``SubsetRandomSampler`` do not. Of
+    iterable data sets litdata's ``StreamingDataset`` tells it.
 
     Raises:
-        ValueError: When N cannot be known: an iterable data set, several loaders, no DataLoader,
-            batches made by the data set itself, or a sampler that visits another number of rows.
+        ValueError: When N cannot be known: another iterable data set, several loaders, no
+            DataLoader, batches made by the data set itself, or a sampler that visits another
+            number of rows.
 
     Example:
         >>> dataset_size_of(DataLoader(range(10), batch_size=4, shuffle=True, drop_last=True))
@@ -41,14 +43,14 @@ def dataset_size_of(loader: Any) -> int:
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"N cannot be read from a {type(loader).__name__}; expected one DataLoader. {_STATE_IT}"
+            f"N cannot be read from a {type(loader).__name__}; expected one DataLoader. {STATE_IT}"
         )
     if isinstance(loader.dataset, IterableDataset):
-        raise ValueError(f"N cannot be read from an iterable data set. {_STATE_IT}")
+        return stream_size(loader)
     if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
         raise ValueError(
             "the loader has batch_size=None, so that an item of its data set is a batch and N "
-            f"cannot be counted. {_STATE_IT}"
+            f"cannot be counted. {STATE_IT}"
         )
     sampler = _row_sampler(loader)
     if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
@@ -72,7 +74,7 @@ def dataset_size_of(loader: Any) -> int:
         if visited != len(loader.dataset):  # type: ignore[arg-type]
             raise ValueError(
                 f"the sampler {type(sampler).__name__} visits {visited} of "
-                f"{len(loader.dataset)} rows, so N is unclear. {_STATE_IT}"  # type: ignore[arg-type]
+                f"{len(loader.dataset)} rows, so N is unclear. {STATE_IT}"  # type: ignore[arg-type]
             )
     elif isinstance(sampler, SequentialSampler) and loader.drop_last:
         left = len(loader.dataset) % (loader.batch_size or 1)  # type: ignore[arg-type]

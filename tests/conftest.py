@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from support import run_script
 
 # The models are tiny, and threads that wait for each other cost most of their time.
 torch.set_num_threads(1)
@@ -14,3 +15,11 @@ def untouched_store():
     with pyro.get_param_store().scope():
         yield
         assert not pyro.get_param_store()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with one data set as shards of litdata and of WebDataset."""
+    folder = tmp_path_factory.mktemp("shards")
+    run_script("write_streams.py", folder)
+    return folder

@@ -1,0 +1,67 @@
+"""Loaders of the shards that ``write_streams.py`` writes, for tests that stream them."""
+
+import pytest
+
+pytest.importorskip("litdata", reason='litdata is missing: pip install ".[streaming]"')
+pytest.importorskip("webdataset", reason='webdataset is missing: pip install ".[streaming]"')
+
+import pyro
+import pyro.distributions as dist
+import webdataset
+from lightning.pytorch import Callback
+from litdata import StreamingDataLoader, StreamingDataset
+from torch.utils.data import DataLoader
+from write_streams import DATA, N
+
+__all__ = ["DATA", "N"]
+B = 50
+# Lightning says so of every stream that has a length; litdata's knows its rank and its workers.
+lengths = pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+
+
+def lit_loader(folder, workers=0, batch_size=B, rows=None, **options):
+    """A loader of litdata, as its users write it; of some rows, where these are given."""
+    dataset = StreamingDataset(str(folder / "lit"), **options)
+    dataset = dataset if rows is None else dataset.subset(rows)
+    return StreamingDataLoader(dataset, batch_size=batch_size, num_workers=workers)
+
+
+def web_rows(folder, shuffle=False):
+    """Batches of WebDataset, which shares its shards out to ranks and workers."""
+    rows = webdataset.WebDataset(
+        str(folder / "rows-{0..3}.tar"),
+        shardshuffle=4 if shuffle else False,
+        nodesplitter=webdataset.split_by_node,
+    )
+    rows = rows.shuffle(100) if shuffle else rows
+    return rows.decode().to_tuple("x.npy", "row.cls").batched(B)
+
+
+def web_loader(folder, workers=0, shuffle=False):
+    """A loader of WebDataset, as its users write it."""
+    return DataLoader(web_rows(folder, shuffle), batch_size=None, num_workers=workers)
+
+
+def mean_of(x, row):
+    """Mean of a Normal: prior N(0, 0.1), unit noise. Posterior N(sum(x) / (100 + N), ...)."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 0.1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+class RowsSeen(Callback):
+    """Keeps the rows of each batch, by epoch."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.epochs.append([])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        rows = batch["row"] if isinstance(batch, dict) else batch[1]
+        self.epochs[-1].append(rows.tolist())
+
+    def rows(self):
+        """The rows of each epoch, sorted."""
+        return [sorted(sum(epoch, [])) for epoch in self.epochs]
