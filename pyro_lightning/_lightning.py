@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
 
 
 def stage_loader(trainer: Trainer, stage: str) -> Any:
@@ -49,6 +51,30 @@ def shares_of_rows(trainer: Trainer) -> dict[str, Any] | None:
     if connector.use_distributed_sampler and connector.is_distributed:
         return trainer.distributed_sampler_kwargs
     return None
+
+
+def loaders_of_batch(module: LightningModule, dataloader_idx: int) -> list[Any]:
+    """The loaders that made the batch of a step; none outside a Trainer's loops.
+
+    Of several loaders evaluations go through one after the other, unless they are combined in
+    another mode; training takes a batch of each.
+    """
+    trainer = module._trainer
+    loop: Any = None if trainer is None else trainer._active_loop
+    combined = getattr(loop, "_combined_loader", None)
+    if combined is None:
+        return []
+    in_turn = getattr(loop, "_is_sequential", False)
+    return [combined.flattened[dataloader_idx]] if in_turn else combined.flattened
+
+
+def unshared(loader: Any) -> Any:
+    """A loader as it was before Lightning shared out a sampler that is no torch's own."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSamplerWrapper):
+        return loader
+    rows: Any = sampler.dataset
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=rows._sampler)
 
 
 def transferred(module: LightningModule, batch: Any, device: torch.device) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_lightning.rows import data_of
+from pyro_lightning.rows import IndexedBatch, data_of
 from pyro_lightning.streams import first_items
 
 
@@ -138,6 +138,32 @@ def _anew(stream: Any) -> Iterator[Any]:
             "svi.loss(batch) once before the fit, with dataset_size given."
         )
     return iterator
+
+
+def cut_batch(batch: Any, rows: int, start: int, stop: int) -> Any:
+    """Cut rows out of every tensor that is indexed by row, the row numbers among them.
+
+    Args:
+        batch: A batch, with or without row numbers.
+        rows: B, its rows.
+        start: The first row to keep.
+        stop: The row after the last one.
+
+    Example:
+        >>> cut_batch(IndexedBatch(torch.zeros(5, 2), torch.arange(5)), 5, 1, 3).rows
+        tensor([1, 2])
+    """
+
+    def taken(value: torch.Tensor) -> torch.Tensor:
+        return value[start:stop] if value.dim() and len(value) == rows else value
+
+    part = map_tensors(data_of(batch), taken)
+    if not isinstance(batch, IndexedBatch):
+        return part
+    source = batch.source
+    if isinstance(source, torch.Tensor):
+        source = taken(source)
+    return type(batch)(part, taken(torch.as_tensor(batch.rows)), source)
 
 
 def first_rows(batch: Any, count: int) -> Any:

@@ -1,27 +1,28 @@
 """What a fit logs: losses of steps, epochs and evaluations."""
 
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from pyro_lightning._lightning import logs_this_step
-from pyro_lightning.life_cycle import LifeCycle
-from pyro_lightning.rows import data_of
+from pyro_lightning.padding_hooks import PaddingHooks
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
 
 
 class StepResult(NamedTuple):
-    """What a step has to log: its loss, its B, and whether the loss is the whole data set's."""
+    """What a step has to log: its loss, its B, and whether the loss is the whole data set's.
+
+    B is 0 for a batch of repeated rows alone.
+    """
 
     loss: torch.Tensor
     rows: int
     whole: bool
 
 
-class Figures(LifeCycle):
+class Figures(PaddingHooks):
     """Logs losses as sums over N observations in nats, and per observation.
 
     ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
@@ -37,16 +38,14 @@ class Figures(LifeCycle):
         raise NotImplementedError
 
     def _per_observation(self, result: StepResult) -> torch.Tensor:
-        size = self._known_size() if result.whole else result.rows
+        size = self._known_size() if result.whole else max(result.rows, 1)
         return result.loss.detach() / size
 
-    def _log_evaluation(self, stage: str, batch: Any) -> None:
+    def _log_evaluation(self, stage: str, batch: Any, rows: int) -> None:
         loss, whole = self._estimate(batch, held_out=True)
-        rows = self.num_rows(data_of(batch))
         per_obs = self._per_observation(StepResult(loss, rows, whole))
-        log = partial(self.log, batch_size=rows, sync_dist=True, on_step=False, on_epoch=True)
-        log(f"{stage}_loss", per_obs * self._known_size())
-        log(f"{stage}_loss_per_obs", per_obs, prog_bar=True)
+        self.log_mean(f"{stage}_loss", per_obs * self._known_size(), rows)
+        self.log_mean(f"{stage}_loss_per_obs", per_obs, rows, prog_bar=True)
 
     def _log_step(self, result: StepResult) -> None:
         """Log a step; the only one of a batch of the loader."""
@@ -62,8 +61,8 @@ class Figures(LifeCycle):
         losses = torch.stack([result.loss for result in results])
         rows = torch.tensor([result.rows for result in results], device=losses.device)
         whole = torch.tensor([result.whole for result in results], device=losses.device)
-        per_obs = losses / torch.where(whole, self._known_size(), rows)
-        mean = (per_obs * rows).sum() / rows.sum()
+        per_obs = losses / torch.where(whole, self._known_size(), rows.clamp(min=1))
+        mean = (per_obs * rows).sum() / rows.sum().clamp(min=1)
         self._add_to_epoch(mean, sum(result.rows for result in results))
         self._shown = per_obs[-1]
         # The loggers get the steps in between as well, which Lightning does not see.
@@ -100,9 +99,9 @@ class Figures(LifeCycle):
         if self._epoch is None:  # a training_step of the user's own may not add to it
             return
         total, rows = self._epoch
-        log = partial(self.log, batch_size=rows, sync_dist=True)
-        log("train_loss", total / rows * self._known_size())
-        log("train_loss_per_obs", total / rows)
+        mean = total / max(rows, 1)
+        self.log_mean("train_loss", mean * self._known_size(), rows)
+        self.log_mean("train_loss_per_obs", mean, rows)
         self._epoch = None
         if self.steps_per_batch > 1:
             self._log_position(self.trainer.global_step - 1)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_lightning._lightning import loses_new_parameters, stage_loader, transferred
+from pyro_lightning._lightning import (
+    loses_new_parameters,
+    stage_loader,
+    transferred,
+    unshared,
+)
 from pyro_lightning.batches import (
     example_batch,
     first_of,
@@ -219,7 +224,7 @@ class LifeCycle(Runs):
                 "N, the number of training observations, is not known, and is never taken from "
                 f"validation or test data. Fit first, or state it: {STATE_N}."
             )
-        return dataset_size_of(loader)
+        return dataset_size_of(unshared(loader))
 
     def _first_batch(self, loader: Any) -> Any:
         # Lightning converts the module after set-up; the parameters to be made need it before.

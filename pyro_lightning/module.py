@@ -12,7 +12,6 @@ from torch import nn
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
-from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.plates import read_data_plates, read_names
@@ -201,28 +200,27 @@ class PyroSVIModule(ManySteps):
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
         self._follow_loader(batch)
+        real, rows = self._without_repeats(batch, batch_idx)
         if self.steps_per_batch > 1:
-            results = self._take_steps(batch)
-            self._mark_rows(batch)
-            return self._log_steps(results)
-        result = self._step_at_once(batch)
-        if result is None:
-            loss, whole = self._estimate(batch)
-            result = StepResult(loss, self.num_rows(data_of(batch)), whole)
-        self._log_step(result)
-        self._mark_rows(batch)
-        return result.loss * self.batch_weight(batch) if result.whole else result.loss
+            loss = self._log_steps(self._take_steps(batch, real, rows))
+        else:
+            done = self._step_at_once(real) if rows else None
+            loss, result = done or self._weighted_loss(real, rows)
+            self._log_step(result)
+        if rows:
+            self._mark_rows(real)
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
 
         Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
         """
-        self._log_evaluation("val", batch)
+        self._log_evaluation("val", *self._without_repeats(batch, batch_idx, dataloader_idx))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._log_evaluation("test", batch)
+        self._log_evaluation("test", *self._without_repeats(batch, batch_idx, dataloader_idx))
 
     # -- results -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_lightning.padding import share_of
 from pyro_lightning.streams import STATE_IT, stream_size
 
 
@@ -89,26 +90,29 @@ def dataset_size_of(loader: Any) -> int:
 
 
 def mean_batch_size(loader: Any, num_batches: float) -> float | None:
-    """Rows a batch holds on average over an epoch, or None where that cannot be known.
+    r"""Rows a batch holds on average over an epoch, or None where that cannot be known.
+
+    Over the batches of all R ranks, without the rows that a ``DistributedSampler`` repeats to give
+    each rank equally many:
+
+    .. math:: \bar B = N / (R M)
 
     Args:
         loader: The training loader, of one rank.
-        num_batches: M, the batches of an epoch; fewer than the loader's when it is cut short.
+        num_batches: M, the batches of a rank's epoch; fewer than the loader's when it is cut short,
+            and N then the rows that are left.
 
     Example:
         >>> mean_batch_size(DataLoader(range(101), batch_size=100), 2)
         50.5
+        >>> share = DistributedSampler(range(101), num_replicas=2, rank=0)
+        >>> mean_batch_size(DataLoader(range(101), batch_size=51, sampler=share), 1)
+        50.5
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    share = share_of(loader, num_batches) if num_batches else None
+    if share is None or not share.of_rows:
         return None
-    sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    size, rows = getattr(sampler, "batch_size", None), getattr(sampler, "sampler", None)
-    if size is None or rows is None or not num_batches:
-        return None
-    visited = getattr(sampler, "num_rows", None)
-    visited = len(rows) if visited is None else visited
-    # Cut short, an epoch holds full batches only; the ragged one comes last.
-    return float(min(visited, num_batches * size) / num_batches)
+    return share.everyone / (share.ranks * num_batches)
 
 
 def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[int, float | None]:
@@ -121,7 +125,7 @@ def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[i
         steps: How many mini-batches a full batch holds.
 
     Raises:
-        ValueError: When they do not divide a full batch.
+        ValueError: When they do not divide a full batch, or when ranks share out batches.
 
     Example:
         >>> cut_sizes(DataLoader(range(11), batch_size=4), 3, 4, 2)  # 2, 2, 2, 2, 2, 1
@@ -134,11 +138,19 @@ def cut_sizes(loader: Any, num_batches: float, rows: int, steps: int) -> tuple[i
             f"steps_per_batch={steps} does not divide the {whole} rows of a batch of the loader. "
             "Let the loader hand over K * B rows for K steps of B; ArrayDataModule does it itself."
         )
-    mean = mean_batch_size(loader, num_batches)
-    if mean is None:
+    share = share_of(loader, num_batches)
+    if share is not None and not share.of_rows and share.ranks > 1:
+        raise ValueError(
+            f"steps_per_batch={steps} on several ranks needs a loader that tells how many rows its "
+            "batches hold: a rank whose batch holds fewer takes fewer steps, and others would wait "
+            "for it for ever. Give the BatchSampler to the loader as batch_sampler, not as sampler "
+            "with batch_size=None."
+        )
+    if share is None or not share.of_rows:
         return whole // steps, None
-    total = round(mean * num_batches)
-    return whole // steps, total / math.ceil(total / (whole // steps))
+    # A rank takes a step for a repeated row, too, for which another rank has a row.
+    taken = math.ceil(share.items / (whole // steps))
+    return whole // steps, share.everyone / (share.ranks * taken)
 
 
 def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:

@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps, resumes_fit
-from pyro_lightning.batches import map_tensors
+from pyro_lightning.batches import cut_batch
 from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
-from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
+from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
 from pyro_lightning.whole_steps import WholeSteps, has_repeats
 
@@ -24,17 +24,42 @@ class ManySteps(WholeSteps):
     steps_per_batch: int
     _rows_per_step: int | None = None
 
-    def _take_steps(self, batch: Any) -> list[StepResult]:
-        """Take the optimizer steps of a batch of the loader, one for each mini-batch in it."""
+    def _weighted_loss(self, batch: Any, rows: int) -> tuple[torch.Tensor, StepResult]:
+        """Estimate what a step differentiates, and what it logs.
+
+        Args:
+            batch: A batch.
+            rows: B; 0 for a batch of repeated rows alone, which weighs nothing.
+        """
+        if not rows:
+            loss, nothing = self._loss_of_repeats(batch)
+            return nothing, StepResult(loss, 0, self._whole)
+        loss, whole = self._estimate(batch)
+        weighted = loss * self.batch_weight(batch) if whole else loss
+        return weighted, StepResult(loss.detach(), rows, whole)
+
+    def _take_steps(self, batch: Any, real: Any, rows: int) -> list[StepResult]:
+        """Take the optimizer steps of a batch of the loader, one for each mini-batch in it.
+
+        Args:
+            batch: The batch, repeated rows among its last: every rank takes as many steps.
+            real: The batch without them.
+            rows: How many rows that leaves.
+        """
         optimizer: Any = self.optimizers()
         assert self._rows_per_step is not None
-        parts = Parts(batch, self.num_rows(data_of(batch)), self._rows_per_step)
-        count = len(parts)
+        whole = Parts(batch, self.num_rows(data_of(batch)), self._rows_per_step)
+        parts = Parts(real, rows, self._rows_per_step)
+        count = len(whole)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
         results: list[StepResult] = []
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
+            if done >= len(parts):
+                results.append(self._take_step(whole[done], optimizer, repeats=True))
+                self._step_schedulers("step", before + done)
+                continue
             fused = self._fused(parts, done, optimizer.optimizer)
             if fused is None:
                 results.append(self._take_step(parts[done], optimizer))
@@ -45,7 +70,7 @@ class ManySteps(WholeSteps):
                 alike = list(
                     takewhile(
                         lambda n, size=size: parts.rows_of(n) == size and not parts.repeats(n),  # type: ignore[misc]
-                        range(done, count),
+                        range(done, min(count, len(parts))),
                     )
                 )
                 results += self._take_fused(fused, parts, alike, before)
@@ -54,13 +79,13 @@ class ManySteps(WholeSteps):
                     self._step_schedulers("step", before + done)
         return results
 
-    def _take_step(self, part: Any, optimizer: Any) -> StepResult:
-        loss, whole = self._estimate(part)
-        weight = self.batch_weight(part) if whole else 1.0
-        self.manual_backward(loss * weight)
+    def _take_step(self, part: Any, optimizer: Any, repeats: bool = False) -> StepResult:
+        rows = 0 if repeats else self.num_rows(data_of(part))
+        loss, result = self._weighted_loss(part, rows)
+        self.manual_backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        return StepResult(loss.detach(), self.num_rows(data_of(part)), whole)
+        return result
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
@@ -217,15 +242,4 @@ class Parts:
         if number >= len(self):
             raise IndexError(number)
         start = number * self.size
-        stop = start + self.rows_of(number)
-
-        def taken(value: torch.Tensor) -> torch.Tensor:
-            return value[start:stop] if value.dim() and len(value) == self.rows else value
-
-        part = map_tensors(data_of(self.batch), taken)
-        if not isinstance(self.batch, IndexedBatch):
-            return part
-        source = self.batch.source
-        if isinstance(source, torch.Tensor):
-            source = taken(source)
-        return type(self.batch)(part, taken(torch.as_tensor(self.batch.rows)), source)
+        return cut_batch(self.batch, self.rows, start, start + self.rows_of(number))

@@ -52,8 +52,11 @@ class WholeSteps(Figures):
         )
 
     # -- one step, under automatic optimization --------------------------------------------------
-    def _step_at_once(self, batch: Any) -> StepResult | None:
-        """Take a whole step on a batch; None where loss and gradients are to be computed."""
+    def _step_at_once(self, batch: Any) -> tuple[torch.Tensor, StepResult] | None:
+        """Take a whole step on a batch; returns its weighted loss, and what it logs.
+
+        None where loss and gradients are to be computed.
+        """
         compiled, trainer = self._compiled, self.trainer
         # torch makes no CUDA graph of a graph that changes its inputs, as a whole step does.
         if compiled is None or asks_for_cuda_graphs(compiled.options):
@@ -76,7 +79,7 @@ class WholeSteps(Figures):
         if not torch.isfinite(loss):
             self._explain(batch, loss)
         self._stepped = True
-        return StepResult(loss, inputs.batch_size, self._whole)
+        return loss * weight, StepResult(loss, inputs.batch_size, self._whole)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, but of a step that is done: its update was part of the loss's call.

@@ -19,15 +19,18 @@ from pyro_lightning import PyroSVIModule
 HERE = Path(__file__).parent
 
 
-def run_script(name: str, folder: Path) -> Any:
-    """Run a script of this folder that starts processes; returns the JSON that it writes."""
+def run_script(name: str, folder: Path, *arguments: str) -> Any:
+    """Run a script of this folder that starts processes; returns the JSON that it writes.
+
+    The script gets the path to write to, and the arguments.
+    """
     path = folder / "found.json"
     # One thread a process: there are as many processes as cores.
     path_of_modules = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
     for _ in range(4):
         run = subprocess.run(
-            [sys.executable, str(HERE / name), str(path)],
+            [sys.executable, str(HERE / name), str(path), *arguments],
             env=environment,
             cwd=folder,
             capture_output=True,

@@ -155,7 +155,6 @@ def test_unclear_size_is_an_error_that_says_how_to_state_it(loader, match):
         "SubsetRandomSampler",
         "BatchSampler",
         "BatchSampler as sampler",
-        "DistributedSampler",
         "DistributedSampler, drop_last",
         "num_samples",
     ],
