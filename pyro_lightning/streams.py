@@ -55,8 +55,8 @@ def stream_size(loader: Any) -> int:
     for (file, (_, end)), (other, (start, _)) in pairwise(parts):
         if file == other and start < end:
             raise ValueError(
-                f"the {name} holds rows more than once (subsample above 1, or a subset that repeats "
-                f"rows), so that N is unclear. {STATE_IT}"
+                f"the {name} holds rows more than once (subsample above 1, or a subset that "
+                f"repeats rows), so that N is unclear. {STATE_IT}"
             )
     size = int(sum(end - start for _, (start, end) in parts))
     _warn_of_rows_left_out(loader, size)
@@ -111,7 +111,7 @@ def check_shares(loader: Any, world_size: int, rank: int) -> None:
     if (found.world_size, found.global_rank) != (world_size, rank):
         raise ValueError(
             f"this {type(dataset).__name__} was made where there were other processes: it takes "
-            f"itself for rank {found.global_rank} of {found.world_size}, but this is rank {rank} of "
-            f"{world_size}, so that rows would train too often or never. Make it in "
-            "train_dataloader() or setup() of a LightningDataModule, where the processes are there."
+            f"itself for rank {found.global_rank} of {found.world_size}, but this is rank {rank} "
+            f"of {world_size}, so that rows would train too often or never. Make it in setup() or "
+            "train_dataloader() of a LightningDataModule, where the processes are there."
         )
