@@ -6,15 +6,16 @@ litdata is found among the modules that the user has imported, and never importe
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
 
 
-def _is_litdata(dataset: Any) -> bool:
-    kind = getattr(sys.modules.get("litdata"), "StreamingDataset", None)
-    return kind is not None and isinstance(dataset, kind)
+def _is_litdata(part: Any, name: str = "StreamingDataset") -> bool:
+    kind = getattr(sys.modules.get("litdata"), name, None)
+    return kind is not None and isinstance(part, kind)
 
 
 def _fresh(dataset: Any) -> Any:
@@ -115,3 +116,17 @@ def check_shares(loader: Any, world_size: int, rank: int) -> None:
             f"of {world_size}, so that rows would train too often or never. Make it in setup() or "
             "train_dataloader() of a LightningDataModule, where the processes are there."
         )
+
+
+def resume_once(loaders: Any) -> None:
+    """Let loaders of litdata that went on from a checkpoint begin the next epoch anew.
+
+    They go on from there in every epoch, until the iterator of one is asked for more than its last
+    batch: Lightning, which knows how many there are, does not ask. Rows before the checkpoint would
+    train no more. For the first step: by then the iterator is made.
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    for loader in loaders if isinstance(loaders, tuple | list) else [loaders]:
+        if _is_litdata(loader, "StreamingDataLoader"):
+            loader.restore = False
