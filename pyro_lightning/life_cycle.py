@@ -44,7 +44,7 @@ from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
-from pyro_lightning.streams import check_shares
+from pyro_lightning.streams import check_shares, resume_once
 from pyro_lightning.structure import explained_scales
 
 # What Lightning ignores of a scheduler, with a warning, where optimization is manual.
@@ -203,6 +203,7 @@ class LifeCycle(Runs):
         mean = mean_batch_size(loader, count)
         if self._followed == (id(loader), count, mean):
             return
+        resume_once(loader)
         if self._followed is not None:
             self._dataset_size = self._resolve_size(loader)
         self._followed = id(loader), count, mean

@@ -6,15 +6,16 @@ litdata is found among the modules that the user has imported, and never importe
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
 
 
-def _is_litdata(dataset: Any) -> bool:
-    kind = getattr(sys.modules.get("litdata"), "StreamingDataset", None)
-    return kind is not None and isinstance(dataset, kind)
+def _is_litdata(part: Any, name: str = "StreamingDataset") -> bool:
+    kind = getattr(sys.modules.get("litdata"), name, None)
+    return kind is not None and isinstance(part, kind)
 
 
 def _fresh(dataset: Any) -> Any:
@@ -55,8 +56,8 @@ def stream_size(loader: Any) -> int:
     for (file, (_, end)), (other, (start, _)) in pairwise(parts):
         if file == other and start < end:
             raise ValueError(
-                f"the {name} holds rows more than once (subsample above 1, or a subset that repeats "
-                f"rows), so that N is unclear. {STATE_IT}"
+                f"the {name} holds rows more than once (subsample above 1, or a subset that "
+                f"repeats rows), so that N is unclear. {STATE_IT}"
             )
     size = int(sum(end - start for _, (start, end) in parts))
     _warn_of_rows_left_out(loader, size)
@@ -111,7 +112,21 @@ def check_shares(loader: Any, world_size: int, rank: int) -> None:
     if (found.world_size, found.global_rank) != (world_size, rank):
         raise ValueError(
             f"this {type(dataset).__name__} was made where there were other processes: it takes "
-            f"itself for rank {found.global_rank} of {found.world_size}, but this is rank {rank} of "
-            f"{world_size}, so that rows would train too often or never. Make it in "
-            "train_dataloader() or setup() of a LightningDataModule, where the processes are there."
+            f"itself for rank {found.global_rank} of {found.world_size}, but this is rank {rank} "
+            f"of {world_size}, so that rows would train too often or never. Make it in setup() or "
+            "train_dataloader() of a LightningDataModule, where the processes are there."
         )
+
+
+def resume_once(loaders: Any) -> None:
+    """Let loaders of litdata that went on from a checkpoint begin the next epoch anew.
+
+    They go on from there in every epoch, until the iterator of one is asked for more than its last
+    batch: Lightning, which knows how many there are, does not ask. Rows before the checkpoint would
+    train no more. For the first step: by then the iterator is made.
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    for loader in loaders if isinstance(loaders, tuple | list) else [loaders]:
+        if _is_litdata(loader, "StreamingDataLoader"):
+            loader.restore = False

@@ -1,29 +1,32 @@
 """Loaders of the shards that ``write_streams.py`` writes, for tests that stream them."""
 
-import pytest
-
-pytest.importorskip("litdata", reason='litdata is missing: pip install ".[streaming]"')
-pytest.importorskip("webdataset", reason='webdataset is missing: pip install ".[streaming]"')
-
 import pyro
 import pyro.distributions as dist
-import webdataset
+import pytest
 from lightning.pytorch import Callback
-from litdata import StreamingDataLoader, StreamingDataset
 from torch.utils.data import DataLoader
 from write_streams import DATA, N
 
+MISSING = 'not installed: pip install ".[streaming]"'
+litdata = pytest.importorskip("litdata", reason=MISSING)
+webdataset = pytest.importorskip("webdataset", reason=MISSING)
 __all__ = ["DATA", "N"]
 B = 50
-# Lightning says so of every stream that has a length; litdata's knows its rank and its workers.
-lengths = pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+quiet = [
+    # litdata makes tensors on the bytes of its file; collation copies them.
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+    # WebDataset leaves the files of its shards to the garbage collector.
+    pytest.mark.filterwarnings(r"ignore:unclosed file .*rows-\d\.tar:ResourceWarning"),
+    # Lightning says so of every stream with a length; litdata's counts ranks and workers.
+    pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
+]
 
 
 def lit_loader(folder, workers=0, batch_size=B, rows=None, **options):
     """A loader of litdata, as its users write it; of some rows, where these are given."""
-    dataset = StreamingDataset(str(folder / "lit"), **options)
+    dataset = litdata.StreamingDataset(str(folder / "lit"), **options)
     dataset = dataset if rows is None else dataset.subset(rows)
-    return StreamingDataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    return litdata.StreamingDataLoader(dataset, batch_size=batch_size, num_workers=workers)
 
 
 def web_rows(folder, shuffle=False):
@@ -53,15 +56,12 @@ class RowsSeen(Callback):
     """Keeps the rows of each batch, by epoch."""
 
     def __init__(self):
-        self.epochs = []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.epochs.append([])
+        self.epochs = {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         rows = batch["row"] if isinstance(batch, dict) else batch[1]
-        self.epochs[-1].append(rows.tolist())
+        self.epochs.setdefault(trainer.current_epoch, []).append(rows.tolist())
 
     def rows(self):
         """The rows of each epoch, sorted."""
-        return [sorted(sum(epoch, [])) for epoch in self.epochs]
+        return [sorted(sum(epoch, [])) for epoch in self.epochs.values()]

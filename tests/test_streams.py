@@ -1,19 +1,28 @@
-"""What a streaming library's data set tells: N, its first rows, its rank; and that it is left alone."""
+"""What is read from a streaming library's data set before the first step, and that it stays so."""
 
 import gc
 import multiprocessing
 import threading
 
-import litdata
 import pytest
 import torch
-import webdataset
-from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
-from stream_support import DATA, B, N, lit_loader, web_loader, web_rows
+from stream_support import (
+    DATA,
+    B,
+    N,
+    lit_loader,
+    litdata,
+    quiet,
+    web_loader,
+    web_rows,
+    webdataset,
+)
 from torch.utils.data import DataLoader
 
 from pyro_lightning import dataset_size_of
 from pyro_lightning.batches import example_batch
+
+pytestmark = quiet
 
 
 @pytest.fixture
@@ -23,9 +32,13 @@ def second_of_two(monkeypatch):
     monkeypatch.setenv("GLOBAL_RANK", "1")
 
 
+def whole(folder):
+    return litdata.StreamingDataset(str(folder / "lit"))
+
+
 def split(folder):
-    parts = litdata.train_test_split(StreamingDataset(str(folder / "lit")), [0.2, 0.7])
-    return StreamingDataLoader(parts[1], batch_size=B)
+    parts = litdata.train_test_split(whole(folder), [0.2, 0.7])
+    return litdata.StreamingDataLoader(parts[1], batch_size=B)
 
 
 # -- N ---------------------------------------------------------------------------------------------
@@ -70,7 +83,7 @@ def test_rows_left_out_in_turns_are_not_warned_of(second_of_two, shards):
     assert dataset_size_of(lit_loader(shards, rows=slice(103), shuffle=True)) == 103
 
 
-class Chosen(StreamingDataset):
+class Chosen(litdata.StreamingDataset):
     """Leaves rows out as it goes."""
 
     def __next__(self):
@@ -86,12 +99,12 @@ UNCLEAR = {
         "Chosen has an __iter__ or __next__ of its own",
     ),
     "items that are batches": (
-        lambda folder: DataLoader(StreamingDataset(str(folder / "lit")), batch_size=None),
+        lambda folder: DataLoader(whole(folder), batch_size=None),
         "batch_size=None",
     ),
     "combined": (
-        lambda folder: StreamingDataLoader(
-            CombinedStreamingDataset([StreamingDataset(str(folder / "lit"))], seed=0)
+        lambda folder: litdata.StreamingDataLoader(
+            litdata.CombinedStreamingDataset([whole(folder)], seed=0)
         ),
         "CombinedStreamingDataset",
     ),
