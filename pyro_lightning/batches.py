@@ -99,19 +99,19 @@ def example_batch(loader: Any) -> Any:
     iterated once.
 
     Raises:
-        ValueError: When a stream can be iterated only once.
+        ValueError: When a stream can be iterated only once, or is empty.
     """
     if isinstance(loader, Mapping):
         return {name: example_batch(each) for name, each in loader.items()}
     if isinstance(loader, tuple | list):
         return [example_batch(each) for each in loader]
     if not isinstance(loader, DataLoader):
-        return next(_anew(loader))
+        return _first(_anew(loader))
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         _anew(dataset)
         alone = DataLoader(dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
-        return next(iter(alone))
+        return _first(iter(alone))
     if loader.batch_sampler is None:
         first: Any = dataset[next(iter(loader.sampler))]
         return loader.collate_fn(first)
@@ -122,6 +122,12 @@ def example_batch(loader: Any) -> Any:
     rows = [int(row) for row in islice(known, size)]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
+
+
+def _first(batches: Iterator[Any]) -> Any:
+    for batch in batches:
+        return batch
+    raise ValueError("the loader has no batch: expected at least one to train or evaluate on")
 
 
 def _anew(stream: Any) -> Iterator[Any]:

@@ -1,0 +1,26 @@
+"""Parameters of each row on several processes, where DDP would send all N rows at each step."""
+
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import distributed
+
+from pyro_lightning.row_optim import average_over_ranks_
+
+
+class RowsOnRanks(Callback):
+    """Keeps the parameters of each row equal on all ranks; a step sends the rows of its batches.
+
+    A callback, since a hook of the module is gone where a subclass has its own.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start with equal parameters of each row on all ranks, as DDP does with others."""
+        for parameter in pl_module._row_parameters().values():
+            distributed.broadcast(parameter.data, 0)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Make the gradients of each row the mean over all ranks."""
+        for parameter in pl_module._row_parameters().values():
+            if parameter.requires_grad:
+                average_over_ranks_(parameter)
