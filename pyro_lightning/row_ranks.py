@@ -3,8 +3,9 @@
 from typing import Any
 
 from lightning.pytorch import Callback
-from torch import distributed
+from torch import distributed, nn
 
+from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.row_optim import average_over_ranks_
 
 
@@ -16,11 +17,16 @@ class RowsOnRanks(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start with equal parameters of each row on all ranks, as DDP does with others."""
-        for parameter in pl_module._row_parameters().values():
+        for parameter in _row_parameters(pl_module):
             distributed.broadcast(parameter.data, 0)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Make the gradients of each row the mean over all ranks."""
-        for parameter in pl_module._row_parameters().values():
+        for parameter in _row_parameters(pl_module):
             if parameter.requires_grad:
                 average_over_ranks_(parameter)
+
+
+def _row_parameters(module: Any) -> list[nn.Parameter]:
+    # A Trainer keeps its callbacks, and may fit another kind of module next.
+    return list(module._row_parameters().values()) if isinstance(module, RowHooks) else []

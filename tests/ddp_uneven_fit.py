@@ -12,7 +12,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from pyro.infer.autoguide import AutoDelta
 from support import normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
@@ -120,6 +120,30 @@ class Elsewhere(PyroSVIModule):
         return []
 
 
+class Plain(LightningModule):
+    """A module that is none of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight * batch.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fits_of_one_trainer():
+    trainer = trainer_of_two(max_epochs=-1, max_steps=2)
+    steps = []
+    for each in (module(), module(), Plain()):
+        trainer.fit(each, part(4, 4))
+        steps.append(trainer.global_step)
+        trainer.fit_loop.epoch_loop.max_steps += 2
+    return everyones({"steps": steps})
+
+
 def found_of_all():
     found = {
         "streams": fit(stream(7, 4), stream(3, 5), max_epochs=2),
@@ -135,6 +159,7 @@ def found_of_all():
         "lengths_known": fit(part(2, 2) if RANK else stream(2, 2)),
         "parts": fit(part(2, 2), svi=module(dataset_size=None)),
         "no_callbacks": fit(part(2, 2), svi=Elsewhere(normal_mean, dataset_size=N)),
+        "one_trainer": fits_of_one_trainer(),
         "no_scale": fit(part(2, 2), svi=PyroSVIModule(normal_mean, data_plate=None)),
     }
     return found

@@ -108,3 +108,7 @@ def test_a_warning_of_the_checks_is_given_by_the_first_rank_alone(found):
 
 def test_a_hook_that_leaves_out_what_ranks_need_is_refused(found):
     assert all("super().configure_callbacks()" in error for error in errors(found["no_callbacks"]))
+
+
+def test_a_trainer_serves_several_modules_one_after_the_other(found):
+    assert of_both(found["one_trainer"], "steps") == [2, 4, 6]
