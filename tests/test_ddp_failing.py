@@ -4,7 +4,7 @@ from support import run_processes
 
 # The other process meets a closed connection, or Lightning ends it: it looks every five seconds
 # whether a process that it started has failed. Waiting for it would take torch's half an hour.
-SECONDS = 60
+SECONDS = 150
 
 
 def test_a_job_that_lightning_started_ends_with_the_error_of_its_first_process(tmp_path):

@@ -1,5 +1,7 @@
 """Strategies that spread parameters over processes are refused; the others are not."""
 
+import os
+
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -9,7 +11,16 @@ from pyro_lightning import ArrayDataModule, PyroSVIModule
 from pyro_lightning.strategies import refuse_sharded
 
 
-def test_a_fit_that_would_shard_parameters_is_refused_before_the_first_step():
+@pytest.fixture
+def environment():
+    """Lightning leaves the address of its process group in the environment of this process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_fit_that_would_shard_parameters_is_refused_before_the_first_step(environment):
     trainer = quiet_trainer(strategy=ModelParallelStrategy(), max_epochs=1)
     svi = PyroSVIModule(normal_mean)
     try:
