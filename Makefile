@@ -23,6 +23,7 @@ examples: .venv/test
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
 	$(BIN)/python benchmarks/reading.py --rows 100000 --batches 20 --rounds 1
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
+	$(BIN)/python benchmarks/scaling.py --rows 1000 --batch-size 16 --steps 5 --warm-up 2 --rounds 1
 	$(BIN)/python -m benchmarks.speed --smoke --workloads W1 W4 --methods raw example ours-compile-k32 numpyro --output .venv/examples
 
 # torch first and alone, and without a GPU the CPU build where the index has one: it is a tenth of

@@ -90,3 +90,18 @@ def count_optimizer_steps(trainer: Trainer, steps: int) -> None:
     for tracker in (progress.total, progress.current):
         tracker.ready += steps
         tracker.completed += steps
+
+
+def end_epoch_here(trainer: Trainer) -> None:
+    """Make the batch that is about to train the last of its epoch, with all that follows from it.
+
+    The loop sets this mark itself where it has looked ahead and found no other batch.
+    """
+    trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+
+
+def shorten_epochs(trainer: Trainer, batches: float, check: float) -> None:
+    """Have epochs hold this many batches, with a validation after every ``check`` of them."""
+    trainer.fit_loop.max_batches = batches if batches == float("inf") else int(batches)
+    if trainer.val_check_batch is not None:
+        trainer.val_check_batch = check if check == float("inf") else int(check)

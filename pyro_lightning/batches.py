@@ -100,14 +100,14 @@ def example_batch(loader: Any) -> Any:
     each. Anything else is iterated once.
 
     Raises:
-        ValueError: When a stream can be iterated only once.
+        ValueError: When a stream can be iterated only once, or is empty.
     """
     if isinstance(loader, Mapping):
         return {name: example_batch(each) for name, each in loader.items()}
     if isinstance(loader, tuple | list):
         return [example_batch(each) for each in loader]
     if not isinstance(loader, DataLoader):
-        return next(_anew(loader))
+        return _first(_anew(loader))
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         items = first_items(dataset, max(loader.batch_size or 2, 2))
@@ -115,7 +115,7 @@ def example_batch(loader: Any) -> Any:
             return loader.collate_fn(items if loader.batch_size else items[0])
         _anew(dataset)
         alone = DataLoader(dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
-        return next(iter(alone))
+        return _first(iter(alone))
     if loader.batch_sampler is None:
         first: Any = dataset[next(iter(loader.sampler))]
         return loader.collate_fn(first)
@@ -126,6 +126,12 @@ def example_batch(loader: Any) -> Any:
     rows = [int(row) for row in islice(known, size)]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
+
+
+def _first(batches: Iterator[Any]) -> Any:
+    for batch in batches:
+        return batch
+    raise ValueError("the loader has no batch: expected at least one to train or evaluate on")
 
 
 def _anew(stream: Any) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """Refusals: what cannot give the right posterior is an error before the first step."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import trainable_leaves
+from pyro_lightning.rank_zero import warn
 from pyro_lightning.shapes import check_broadcast, check_growth
 from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
@@ -166,13 +166,12 @@ def warn_of_unscaled(model: DataPlateMessenger, plates: Collection[str], dataset
         for site in observed(model.sites)
     )
     if shared and not by_hand and model.batch_size < dataset_size:
-        warnings.warn(
+        warn(
             f"data_plate=None scales nothing, and this model has latents that all rows share "
             f"({', '.join(map(repr, shared))}): their prior counts N/B = "
             f"{dataset_size / model.batch_size:g} times too much. Name the plate over the rows by "
             "data_plate, or the observed sites by scale_sites; or scale by svi.scale_factor(batch) "
             "in the model. If it is meant so, checks=False.",
-            UserWarning,
             stacklevel=2,
         )
 

@@ -3,7 +3,6 @@
 import os
 import sysconfig
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from pyro_lightning.compared import compare, of_eager, of_program, trained
 from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, find_guards
 from pyro_lightning.program import Program, StepInputs, step_inputs
+from pyro_lightning.rank_zero import warn
 from pyro_lightning.states import drawing, drawing_in_python, preserved_state
 from pyro_lightning.tracing import Untraceable
 from pyro_lightning.updates import is_served
@@ -195,10 +195,9 @@ class CompiledLoss:
             if self.strict:
                 raise RuntimeError(f"the loss cannot be compiled: {error}") from error
             if not self._warned:
-                warnings.warn(
+                warn(
                     f"the loss is not compiled, and runs eagerly: {error}. Leave compile out, or "
                     "change the model; compile='strict' makes this an error.",
-                    UserWarning,
                     stacklevel=4,
                 )
             self._warned = True

@@ -10,6 +10,7 @@ from pyro import poutine
 
 from pyro_lightning.batches import named_tensors
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.states import forked_noise
 
 _SHOWN = 10
 
@@ -44,7 +45,7 @@ def explained(
             raise
         in_model, in_guide = handler(), handler()
         try:
-            with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng():
+            with torch.no_grad(), pyro.validation_enabled(False), forked_noise():
                 _run_freely(inputs, in_model(model), guide and in_guide(guide))
         except (ValueError, RuntimeError):
             pass  # what was met up to here is reported, with the first error as the cause

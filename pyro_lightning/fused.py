@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from pyro_lightning._upstream import compile_graph, make_graph
 from pyro_lightning.program import Program, StepInputs
+from pyro_lightning.states import forked_noise
 from pyro_lightning.tracing import Untraceable
 from pyro_lightning.updates import kind_of, numbers_of, state_names, update
 
@@ -90,7 +91,7 @@ class FusedStep:
         self.scheduled = True
         self.begin()
         example = self._arguments(inputs.rows, inputs.flat.tensors, 1.0)
-        with torch.random.fork_rng():  # a trace draws random numbers as it runs
+        with forked_noise():  # a trace draws random numbers as it runs
             graph = make_graph(self._step, _copies(example))
         self._run: Callable[..., Any] = compile_graph(graph, _copies(example), options)
         self._check(graph, example)
@@ -282,7 +283,7 @@ class FusedStep:
         results = []
         for run in (graph, self._run):
             given = _copies(example)
-            with torch.random.fork_rng():
+            with forked_noise():
                 found = run(*given)
             results.append([*found, *given])
         for one, other in zip(*results, strict=True):

@@ -1,6 +1,5 @@
 """A warning of dense parameters of all rows, of which a batch's data index a few."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Optimizer, RMSprop, Rprop
 
 from pyro_lightning.params import shown_name
+from pyro_lightning.rank_zero import warn
 
 # What has no gradient stays where it is, under these without momentum and weight decay.
 _STEADY = (SGD, Adagrad, RMSprop, Adadelta, Rprop)
@@ -85,12 +85,11 @@ def warn_of_indexed(
     shown = ", ".join(
         f"'{shown_name(name)}' (shape {tuple(parameters[name].shape)})" for name in names
     )
-    warnings.warn(
+    warn(
         f"parameter {shown} has one entry for each row of the data set, which the data of a batch "
         f"index: {type(optimizer).__name__} moves the entries of all other rows, too, at each "
         "step, by the momentum of their last one, and at a cost of O(N). Write pyro.param(name, "
         "value, event_dim=...) inside the data plate, with batches that tell their rows "
         "(ArrayDataModule, IndexedDataset); or use SGD without momentum and weight decay.",
-        UserWarning,
         stacklevel=2,
     )

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from pyro_lightning._lightning import (
@@ -38,12 +39,19 @@ from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
+from pyro_lightning.ranks import (
+    callbacks_of_ranks,
+    check_callbacks,
+    compare_ranks,
+    failing_together,
+)
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
-from pyro_lightning.states import preserved_state
+from pyro_lightning.states import drawing_in_python, preserved_state
+from pyro_lightning.strategies import refuse_sharded
 from pyro_lightning.streams import check_shares, resume_once
 from pyro_lightning.structure import explained_scales
 
@@ -67,6 +75,7 @@ class LifeCycle(Runs):
     _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
     _prototype: Any = None
+    _draws_in_python: bool = False
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -80,7 +89,9 @@ class LifeCycle(Runs):
         with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             batch = self._with_rows(batch)
+            drew = drawing_in_python()
             complete_contexts(partial(self._warm_up, batch, handled))
+            self._draws_in_python = drew()
         data = data_of(batch)
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
@@ -157,8 +168,14 @@ class LifeCycle(Runs):
             sites = in_model.sites, in_guide.sites
             self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Add what several processes need; a subclass's own hook adds to this list."""
+        return callbacks_of_ranks(self.trainer)
+
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
+        refuse_sharded(self.trainer.strategy)
+        check_callbacks(self.trainer)
         if stage == "predict":
             return
         training = stage == "fit"
@@ -176,7 +193,6 @@ class LifeCycle(Runs):
                 self._dataset_size = self._resolve_size(loader if training else None)
             if not training:
                 loader = first_of(loader)
-            batch = None if self._initialised or loader is None else self._first_batch(loader)
         if training:
             self._mean_batch_size = self._followed = None
             source = row_source(loader)
@@ -186,11 +202,15 @@ class LifeCycle(Runs):
             known = evaluated and evaluated.dataset.row_numbers and evaluated.identities
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._identities = known or getattr(datamodule, "identities", None)
-        if batch is not None:
-            # A step makes its tensors in the precision of the Trainer, and so does this run.
-            with self.trainer.precision_plugin.tensor_init_context():
-                self._initialise(batch)
+        with failing_together(self.trainer):
+            if not self._initialised and loader is not None:
+                with preserved_state(self):
+                    batch = self._first_batch(loader)
+                # A step makes its tensors in the precision of the Trainer, and so does this run.
+                with self.trainer.precision_plugin.tensor_init_context():
+                    self._initialise(batch)
         if training:
+            compare_ranks(self, loader)
             self._number_rows(source)
 
     def _follow_loader(self, batch: Any) -> None:

@@ -16,6 +16,7 @@ from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
+from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
@@ -167,6 +168,7 @@ class PyroSVIModule(ManySteps):
         """
         return self._estimate(batch)[0]
 
+    @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))

@@ -1,6 +1,5 @@
 """Lightning's side of rows that a sampler repeats: on any number of ranks each row counts once."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from pyro_lightning.batches import cut_batch
 from pyro_lightning.gather import gather_rows
 from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.padding import share_of
+from pyro_lightning.rank_zero import warn
+from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 
 
@@ -87,11 +88,10 @@ class PaddingHooks(LifeCycle):
     def _warn_of_repeats(self, why: str, ranks: int) -> None:
         if not self._warned_of_repeats:
             self._warned_of_repeats = True
-            warnings.warn(
+            warn(
                 "the DistributedSampler repeats rows to give each rank equally many, and these "
                 f"count twice here: {why}, so that it is not known where they stand. Use a number "
                 f"of rows that {ranks} divides, or DistributedSampler(..., drop_last=True).",
-                UserWarning,
                 stacklevel=2,
             )
 
@@ -107,6 +107,7 @@ class PaddingHooks(LifeCycle):
         real = self._real_rows(rows, batch_idx, dataloader_idx)
         return (_first(batch, rows, real), real) if real else (batch, 0)
 
+    @with_own_noise
     def _loss_of_repeats(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a batch of nothing but repeats; returns its loss, and one without gradient.
 

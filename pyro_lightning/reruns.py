@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.rows import data_of
+from pyro_lightning.states import forked_noise
 
 Handled = Callable[[Any], Callable[..., Any]]
 
@@ -44,7 +45,7 @@ def run_again(
     rows = module.num_rows(data)
     args, kwargs = module.model_inputs(data)
     met: DataPlateMessenger = module._handler(rows)()
-    noise = nullcontext() if seed is None else torch.random.fork_rng()
+    noise = nullcontext() if seed is None else forked_noise()
     with torch.set_grad_enabled(gradient), noise, module._rows_of(batch, rows), values:
         if seed is not None:
             torch.manual_seed(seed)

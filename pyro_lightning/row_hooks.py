@@ -1,6 +1,5 @@
 """Lightning's side of parameters of each row: which rows there are, and their gradients."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -8,14 +7,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import distributed, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from pyro_lightning.gather import missing_rows
 from pyro_lightning.guides import parts_of
 from pyro_lightning.params import ParamStoreModule, RowParam, RowsOfBatch
+from pyro_lightning.rank_zero import warn
 from pyro_lightning.reads_data import repeated_row
-from pyro_lightning.row_optim import average_over_ranks_, dense_stand_ins
+from pyro_lightning.row_optim import dense_stand_ins
 from pyro_lightning.rows import ChosenBatch, IndexedBatch, RowSource, asked_rows, checked_rows
 from pyro_lightning.tables import RowTable, row_tables, rows_of_batch
 
@@ -97,7 +97,7 @@ class RowHooks(LightningModule):
             if not source.dataset.row_numbers:
                 self._switched_on = source.dataset
                 self._switched_on.row_numbers = True
-        # DDP would send all rows at each step; on_before_optimizer_step sends those of a batch.
+        # DDP would send all rows at each step; RowsOnRanks sends those of a batch.
         self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
 
     def _warn_of_other_rows(self, source: int) -> None:
@@ -105,12 +105,11 @@ class RowHooks(LightningModule):
         trained = self._trained is not None and bool(self._trained.any())
         if trained and self._source not in (None, source):
             site = self._per_row()[0].site
-            warnings.warn(
+            warn(
                 f"the guide has parameters for each row (site '{site}'), which trained on another "
                 "data set: row i of this one goes on with the parameters of row i of that one. If "
                 "these are other rows, make a new PyroSVIModule; if they are the same, wrap the "
                 "same data set again, so that this is known.",
-                UserWarning,
                 stacklevel=2,
             )
 
@@ -229,18 +228,6 @@ class RowHooks(LightningModule):
             )
 
     # -- hooks ---------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        """Start with equal parameters of each row on all ranks, as DDP does with others."""
-        if distributed.is_available() and distributed.is_initialized():
-            for parameter in self._row_parameters().values():
-                distributed.broadcast(parameter.data, 0)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradients of each row the mean over all ranks."""
-        if distributed.is_available() and distributed.is_initialized():
-            for parameter in self._row_parameters().values():
-                average_over_ranks_(parameter)
 
     def configure_gradient_clipping(
         self,

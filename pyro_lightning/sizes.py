@@ -1,7 +1,6 @@
 """N, and the mean batch size, read from a training loader."""
 
 import math
-import warnings
 from typing import Any
 
 from torch.utils.data import (
@@ -16,6 +15,7 @@ from torch.utils.data import (
 )
 
 from pyro_lightning.padding import share_of
+from pyro_lightning.rank_zero import warn
 from pyro_lightning.streams import STATE_IT, stream_size
 
 
@@ -24,6 +24,11 @@ def _row_sampler(loader: DataLoader[Any]) -> Any:
     while isinstance(inner := getattr(sampler, "sampler", None), object) and inner is not None:
         sampler = inner  # BatchSampler and Lightning's wrappers keep the row sampler in `sampler`
     return sampler
+
+
+def knows_of_ranks(loader: Any) -> bool:
+    """Whether what orders a loader's rows gives each of several processes its share."""
+    return isinstance(loader, DataLoader) and hasattr(_row_sampler(loader), "num_replicas")
 
 
 def dataset_size_of(loader: Any) -> int:
@@ -55,10 +60,9 @@ def dataset_size_of(loader: Any) -> int:
         )
     sampler = _row_sampler(loader)
     if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
-        warnings.warn(
+        warn(
             f"{type(sampler).__name__} with weights or replacement changes how often a row is "
             "seen: the fit is to the distribution it draws from, not to the data set.",
-            UserWarning,
             stacklevel=2,
         )
     elif isinstance(sampler, SubsetRandomSampler):
@@ -80,10 +84,9 @@ def dataset_size_of(loader: Any) -> int:
     elif isinstance(sampler, SequentialSampler) and loader.drop_last:
         left = len(loader.dataset) % (loader.batch_size or 1)  # type: ignore[arg-type]
         if left:
-            warnings.warn(
+            warn(
                 f"drop_last without shuffling leaves the same last {left} rows out of every epoch, "
                 "though N counts them: shuffle, or leave drop_last out.",
-                UserWarning,
                 stacklevel=2,
             )
     return len(loader.dataset)  # type: ignore[arg-type]

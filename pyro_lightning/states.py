@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,12 +28,22 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
+def forked_noise() -> Any:
+    """Make the context after which torch's generators are as before, on all devices in use.
+
+    Without a list of devices torch would start CUDA, which no process that is forked afterwards
+    could use, and warn where a machine has several.
+    """
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if used else [])
+
+
 @contextmanager
 def preserved_state(module: nn.Module) -> Iterator[None]:
     """Put back the random states of Python, NumPy and torch, and the buffers of a module."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(), preserved_buffers(module):
+        with forked_noise(), preserved_buffers(module):
             yield
     finally:
         random.setstate(python)

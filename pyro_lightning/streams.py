@@ -5,10 +5,11 @@ litdata is found among the modules that the user has imported, and never importe
 
 import copy
 import sys
-import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
+
+from pyro_lightning.rank_zero import warn
 
 STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
 
@@ -73,12 +74,11 @@ def _warn_of_rows_left_out(loader: Any, size: int) -> None:
     share = _fresh(dataset).get_len(loader.num_workers, loader.batch_size)
     left = size - share * dataset.distributed_env.world_size
     if left > 0:
-        warnings.warn(
+        warn(
             f"litdata leaves the same {left} of {size} rows out of every epoch, though N counts "
             "them, so that all ranks get equal batches (drop_last, which it sets where there are "
             "several processes): shuffle, or write a number of rows that batch size times "
             "processes divides.",
-            UserWarning,
             stacklevel=4,
         )
 

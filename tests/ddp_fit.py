@@ -4,6 +4,7 @@ Run as a script, since Lightning starts the second process from the same command
 """
 
 import json
+import os
 import sys
 from functools import partial
 
@@ -15,6 +16,8 @@ from support import normal_mean
 from pyro_lightning import ArrayDataModule, PyroSVIModule
 
 N, B, EPOCHS = 1001, 50, 80
+# One process for each of two nodes where torchrun has started it, else two of one node.
+WHERE = {"num_nodes": 2, "devices": 1} if "TORCHELASTIC_RUN_ID" in os.environ else {"devices": 2}
 DATA = torch.randn(N, generator=torch.Generator().manual_seed(3)) + 1.0
 
 
@@ -29,7 +32,7 @@ def main(path: str) -> None:
     )
     trainer = Trainer(
         accelerator="cpu",
-        devices=2,
+        **WHERE,
         strategy="ddp",
         max_epochs=EPOCHS,
         logger=False,

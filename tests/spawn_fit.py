@@ -4,6 +4,7 @@ Run as a script, which the started processes import; writes what was found as JS
 """
 
 import json
+import os
 import sys
 from functools import partial
 
@@ -16,22 +17,28 @@ N, B = 400, 50
 DATA = torch.randn(N, generator=torch.Generator().manual_seed(3)) + 1.0
 
 
-def fit(svi: PyroSVIModule) -> None:
-    trainer = quiet_trainer(devices=2, strategy="ddp_spawn", max_epochs=25)
+def module() -> PyroSVIModule:
+    return PyroSVIModule(normal_mean, optimizer=partial(torch.optim.Adam, lr=0.05), dataset_size=N)
+
+
+def fit(svi: PyroSVIModule, strategy: str) -> None:
+    os.environ.pop("MASTER_PORT", None)  # that of the fit before may not be free yet
+    trainer = quiet_trainer(devices=2, strategy=strategy, max_epochs=25)
     trainer.fit(svi, datamodule=ArrayDataModule(DATA, batch_size=B))
 
 
 def main(path: str) -> None:
     torch.manual_seed(0)
-    svi = PyroSVIModule(normal_mean, optimizer=partial(torch.optim.Adam, lr=0.05), dataset_size=N)
-    refused = ""
+    found = {"refused": "", "mean": {}}
     try:
-        fit(svi)
+        fit(module(), "ddp_fork")
     except Exception as error:
-        refused = str(error)
-    svi.loss(DATA[:B])
-    fit(svi)
-    found = {"refused": refused, "mean": float(svi.posterior_samples(2000)["mu"].mean())}
+        found["refused"] = str(error)
+    for strategy in ("ddp_fork", "ddp_spawn"):
+        svi = module()
+        svi.loss(DATA[:B])
+        fit(svi, strategy)
+        found["mean"][strategy] = float(svi.posterior_samples(2000)["mu"].mean())
     with open(path, "w") as file:
         json.dump(found, file)
 

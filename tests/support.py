@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -19,29 +21,71 @@ from pyro_lightning import PyroSVIModule
 HERE = Path(__file__).parent
 
 
-def run_script(name: str, folder: Path, *arguments: str) -> Any:
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    errors: str
+
+
+def run_processes(
+    name: str, folder: Path, *arguments: str, nodes: int = 1, timeout: float = 240
+) -> list[Ended]:
+    """Run a script of this folder, which starts processes; or one process of it for each node.
+
+    A node's process finds in its environment what torchrun puts there.
+    """
+    # One thread a process: there are as many processes as cores.
+    path_of_modules = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for node in range(nodes):
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(nodes),
+            "RANK": str(node),
+            "GROUP_RANK": str(node),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(HERE / name), *arguments],
+                env={**environment, **(place if nodes > 1 else {})},
+                cwd=folder,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        until = time.monotonic() + timeout
+        errors = [each.communicate(timeout=until - time.monotonic())[1] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    return [Ended(each.returncode, said) for each, said in zip(started, errors, strict=True)]
+
+
+def run_script(name: str, folder: Path, *arguments: str, nodes: int = 1) -> Any:
     """Run a script of this folder that starts processes; returns the JSON that it writes.
 
     The script gets the path to write to, and the arguments.
     """
     path = folder / "found.json"
-    # One thread a process: there are as many processes as cores.
-    path_of_modules = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
     for _ in range(4):
-        run = subprocess.run(
-            [sys.executable, str(HERE / name), str(path), *arguments],
-            env=environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        ended = run_processes(name, folder, str(path), *arguments, nodes=nodes)
         # A process that ends while a thread of its gloo group still runs may be aborted by the C++
         # runtime, whatever it did; that is torch's, and says nothing of the script.
-        if "terminate called without an active exception" not in run.stderr:
+        if not any("terminate called without an active exception" in run.errors for run in ended):
             break
-    assert run.returncode == 0, run.stderr[-4000:]
+    for run in ended:
+        assert run.code == 0, run.errors[-4000:]
     return json.loads(path.read_text())
 
 

@@ -1,4 +1,7 @@
-"""Two processes on the CPU find the posterior of one, with N the whole training set."""
+"""Two processes on the CPU find the posterior of one, with N the whole training set.
+
+They are two of one node, which Lightning starts, and one of each of two, as torchrun starts them.
+"""
 
 import pytest
 import torch
@@ -8,9 +11,9 @@ from support import run_script
 SD = (100 + N) ** -0.5
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_script("ddp_fit.py", tmp_path_factory.mktemp("ddp"))
+@pytest.fixture(scope="module", params=[1, 2], ids=["node", "nodes"])
+def found(tmp_path_factory, request):
+    return run_script("ddp_fit.py", tmp_path_factory.mktemp("ddp"), nodes=request.param)
 
 
 def test_n_is_the_whole_training_set_on_each_rank(found):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ddp_rows_fit import DATA, NOISE, N
+from ddp_rows_fit import DATA, NOISE, B, N
 from support import run_script
 
 # The model is Normal: z_i given mu and x_i has this variance and weight of x_i.
@@ -33,3 +33,11 @@ def test_each_rows_latent_is_the_exact_one(found):
     assert float(((locs - exact) / sd).square().mean().sqrt()) < 0.15
     torch.testing.assert_close(scales, torch.full((N,), VARIANCE**0.5), rtol=0.1, atol=0)
     assert float(mu) == pytest.approx(MU, abs=0.15 * PRECISION**-0.5)
+
+
+def test_a_step_sends_the_rows_of_its_batch_however_many_there_are(found):
+    few, many = found["sent"].values()
+    assert few == many
+    # Two tables, each with the place and the gradient of B rows, and their number; and the two
+    # global parameters.
+    assert few == 2 * (2 * B + 1) + 2
