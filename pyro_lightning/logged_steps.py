@@ -1,7 +1,5 @@
 """The step that loggers are told, where one training step takes several of the optimizer."""
 
-from typing import Any
-
 from pyro_lightning._lightning import BeforeTrainingBatch, tell_loggers
 from pyro_lightning.life_cycle import LifeCycle
 
@@ -49,7 +47,7 @@ class LoggedSteps(LifeCycle, BeforeTrainingBatch):
             tell_loggers(self.trainer, self.trainer.global_step - 1)
         super().on_validation_model_zero_grad()
 
-    def on_train_epoch_end(self) -> Any:
+    def on_train_epoch_end(self) -> None:
         """Log the figures of an epoch at its last step."""
         if self.steps_per_batch > 1:
             # Lightning takes one off, where it logs an epoch.

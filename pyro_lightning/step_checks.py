@@ -69,8 +69,8 @@ def warn_of_shifted(trainer: Trainer, taken: int, steps: int) -> None:
         warnings.warn(
             f"a batch of the loader holds {taken} steps and not steps_per_batch={steps}, so that "
             "batches of later epochs end at no multiple of it, where "
-            "ModelCheckpoint(every_n_train_steps=...) would write. Leave out what is left over, by "
-            "drop_last=True, or write every_n_epochs.",
+            "ModelCheckpoint(every_n_train_steps=...) would write. Choose a steps_per_batch that "
+            "divides the steps of an epoch, or write every_n_epochs.",
             UserWarning,
             stacklevel=2,
         )
