@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -105,3 +106,33 @@ def shorten_epochs(trainer: Trainer, batches: float, check: float) -> None:
     trainer.fit_loop.max_batches = batches if batches == float("inf") else int(batches)
     if trainer.val_check_batch is not None:
         trainer.val_check_batch = check if check == float("inf") else int(check)
+
+
+class BeforeTrainingBatch(LightningModule):
+    """A hook before anyone sees a batch: ``on_train_batch_start`` of callbacks precedes ours."""
+
+    def before_training_batch(self) -> None:
+        """Come before callbacks."""
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        trainer = self._trainer
+        if trainer is not None and trainer.training:
+            self.before_training_batch()
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
+
+
+def tell_loggers(trainer: Trainer, step: int) -> None:
+    """Set the step, counted from 0, under which loggers get figures, until Lightning adds one.
+
+    Lightning counts batches of the loader for loggers, and optimizer steps for all else.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def checkpoint_triggers(trainer: Trainer) -> list[tuple[int, bool]]:
+    """Return ``every_n_train_steps``, and whether time counts, of each ``ModelCheckpoint``."""
+    return [
+        (each._every_n_train_steps, each._train_time_interval is not None)
+        for each in trainer.checkpoint_callbacks
+        if isinstance(each, ModelCheckpoint)
+    ]

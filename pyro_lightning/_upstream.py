@@ -87,3 +87,8 @@ def compile_graph(
     # Random numbers in eager's order, so that a seed gives the same noise.
     chosen = {name: value for name, value in fallback.items() if name in known}
     return _inductor.compile(graph, list(inputs), options=chosen)  # type: ignore[no-any-return]
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether something is to be called with a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lightning._lightning import logs_this_step
-from pyro_lightning.padding_hooks import PaddingHooks
+from pyro_lightning.logged_steps import LoggedSteps
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
 
@@ -22,7 +22,7 @@ class StepResult(NamedTuple):
     whole: bool
 
 
-class Figures(PaddingHooks):
+class Figures(LoggedSteps):
     """Logs losses as sums over N observations in nats, and per observation.
 
     ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
@@ -65,13 +65,18 @@ class Figures(PaddingHooks):
         mean = (per_obs * rows).sum() / rows.sum().clamp(min=1)
         self._add_to_epoch(mean, sum(result.rows for result in results))
         self._shown = per_obs[-1]
-        # The loggers get the steps in between as well, which Lightning does not see.
-        for number in range(first, first + len(results)):
-            if (number + 1) % every == 0:
-                value = float(per_obs[number - first])
-                metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(metrics, step=number)
+        self._tell_loggers(first, len(results))
+        # Of the steps that are due Lightning logs the last, and so we do those before.
+        due = [n for n in range(first, first + len(results)) if every and (n + 1) % every == 0]
+        for number in due:
+            value, name = per_obs[number - first], "train_loss_per_obs_step"
+            if number == due[-1]:
+                size = results[number - first].rows
+                self.log(name, value, on_step=True, on_epoch=False, batch_size=size)
+                continue
+            metrics = {name: float(value), "epoch": self.current_epoch}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=number)
         return mean * self._known_size()
 
     def _add_to_epoch(self, per_obs: torch.Tensor, rows: int) -> None:
@@ -96,6 +101,7 @@ class Figures(PaddingHooks):
 
     def on_train_epoch_end(self) -> None:
         """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
+        super().on_train_epoch_end()
         if self._epoch is None:  # a training_step of the user's own may not add to it
             return
         total, rows = self._epoch
@@ -103,15 +109,3 @@ class Figures(PaddingHooks):
         self.log_mean("train_loss", mean * self._known_size(), rows)
         self.log_mean("train_loss_per_obs", mean, rows)
         self._epoch = None
-        if self.steps_per_batch > 1:
-            self._log_position(self.trainer.global_step - 1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of a validation at the optimizer's step."""
-        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        if self.steps_per_batch > 1 and fitting:
-            self._log_position(self.trainer.global_step - 1)
-
-    def _log_position(self, step: int) -> None:
-        # Lightning takes a logged "step" for the x-axis in place of its count of loader batches.
-        self.log("step", torch.tensor(float(step), dtype=torch.float64))

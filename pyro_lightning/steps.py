@@ -15,6 +15,12 @@ from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
+from pyro_lightning.step_checks import (
+    check_parts,
+    refuse_checkpoints,
+    refuse_hooks,
+    warn_of_shifted,
+)
 from pyro_lightning.whole_steps import WholeSteps, has_repeats
 
 
@@ -23,6 +29,13 @@ class ManySteps(WholeSteps):
 
     steps_per_batch: int
     _rows_per_step: int | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse what goes with automatic optimization only; get ready, as ever."""
+        if stage == "fit" and self.steps_per_batch > 1:
+            refuse_hooks(self, self.steps_per_batch)
+            refuse_checkpoints(self.trainer, self.steps_per_batch)
+        super().setup(stage)
 
     def _weighted_loss(self, batch: Any, rows: int) -> tuple[torch.Tensor, StepResult]:
         """Estimate what a step differentiates, and what it logs.
@@ -50,19 +63,22 @@ class ManySteps(WholeSteps):
         assert self._rows_per_step is not None
         whole = Parts(batch, self.num_rows(data_of(batch)), self._rows_per_step)
         parts = Parts(real, rows, self._rows_per_step)
+        if type(self).num_rows is not Runs.num_rows:
+            check_parts(self, parts)
         count = len(whole)
+        warn_of_shifted(self.trainer, count, self.steps_per_batch)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
         results: list[StepResult] = []
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
             if done >= len(parts):
-                results.append(self._take_step(whole[done], optimizer, repeats=True))
+                results.append(self._take_step(whole[done], optimizer, before + done, repeats=True))
                 self._step_schedulers("step", before + done)
                 continue
             fused = self._fused(parts, done, optimizer.optimizer)
             if fused is None:
-                results.append(self._take_step(parts[done], optimizer))
+                results.append(self._take_step(parts[done], optimizer, before + done))
                 self._step_schedulers("step", before + done)
             else:
                 # The last part may have another size, and with it another program.
@@ -75,17 +91,38 @@ class ManySteps(WholeSteps):
                 )
                 results += self._take_fused(fused, parts, alike, before)
                 if len(results) == done:  # arguments that are never the same twice
-                    results.append(self._take_step(parts[done], optimizer))
+                    results.append(self._take_step(parts[done], optimizer, before + done))
                     self._step_schedulers("step", before + done)
         return results
 
-    def _take_step(self, part: Any, optimizer: Any, repeats: bool = False) -> StepResult:
-        rows = 0 if repeats else self.num_rows(data_of(part))
-        loss, result = self._weighted_loss(part, rows)
-        self.manual_backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return result
+    def _take_step(
+        self, part: Any, optimizer: Any, index: int, repeats: bool = False
+    ) -> StepResult:
+        """Take a step through the hooks of automatic optimization, in their order."""
+        results: list[StepResult] = []
+
+        @torch.enable_grad()
+        def closure() -> torch.Tensor:
+            rows = 0 if repeats else self.num_rows(data_of(part))
+            loss, result = self._weighted_loss(part, rows)
+            results.append(result)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_before_zero_grad(self.trainer, self, optimizer.optimizer)
+            self.on_before_zero_grad(optimizer.optimizer)
+            self.optimizer_zero_grad(self.current_epoch, index, optimizer.optimizer)
+            self.manual_backward(loss)
+            return loss.detach()
+
+        done = self.trainer.global_step
+        self.optimizer_step(self.current_epoch, index, optimizer, closure)
+        if not results:
+            raise RuntimeError(
+                f"{type(self).__name__}.optimizer_step did not compute the loss: call "
+                "optimizer.step(closure=optimizer_closure), or optimizer_closure()"
+            )
+        # One that the user's hook leaves out counts as well, as it does for Lightning.
+        count_optimizer_steps(self.trainer, done + 1 - self.trainer.global_step)
+        return results[0]
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
@@ -97,6 +134,7 @@ class ManySteps(WholeSteps):
         self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
     ) -> list[StepResult]:
         losses: list[torch.Tensor] = []
+        self.zero_grad()  # those of an eager step before
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
         fused.scheduled = bool(self.trainer.lr_scheduler_configs)
@@ -231,6 +269,10 @@ class Parts:
     def rows_of(self, number: int) -> int:
         """Count the rows of a mini-batch."""
         return min(self.size, self.rows - number * self.size)
+
+    def data_of(self, number: int) -> Any:
+        """Return a mini-batch without its row numbers."""
+        return data_of(self[number])
 
     def repeats(self, number: int) -> bool:
         """Whether a mini-batch holds a row twice; looked at one by one only if the batch does."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from pyro_lightning._upstream import has_gradient_hooks
 from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss, asks_for_cuda_graphs
 from pyro_lightning.figures import Figures, StepResult
@@ -42,6 +43,9 @@ class WholeSteps(Figures):
         if not self._initialised or self.trainer.world_size > 1:
             return False
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return False
+        # Hooks of parameters, as loggers' watch(model) sets them, are called with gradients.
+        if any(map(has_gradient_hooks, self.parameters())):
             return False
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         mine = (getattr(type(self), name).__module__ for name in _OF_MODULE)

@@ -1,5 +1,6 @@
 """Several optimizer steps in one training step: the trajectory of one at a time, bit by bit."""
 
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -123,14 +124,10 @@ def test_loggers_get_the_same_figures_at_the_same_steps(tmp_path):
 
 def test_epoch_figures_are_the_same_in_callback_metrics():
     (_, found), (_, expected) = fit(3), fit(1)
-    metrics = [
-        {n: float(v) for n, v in t.callback_metrics.items() if n not in ("step",)}
-        for t in (found, expected)
-    ]
-    # The bar shows the last step alone, under another name in K = 1's callback metrics.
-    shared = metrics[0].keys() & metrics[1].keys()
-    assert {"train_loss", "val_loss", "train_loss_per_obs"} <= shared
-    for name in shared:
+    metrics = [{n: float(v) for n, v in t.callback_metrics.items()} for t in (found, expected)]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert {"train_loss", "val_loss", "train_loss_per_obs"} <= metrics[0].keys()
+    for name in metrics[1]:
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-6), name
 
 
@@ -151,24 +148,46 @@ def test_validation_within_an_epoch_comes_after_batches_of_the_loader():
     assert watch.steps == [4, 8, 12]
 
 
-def checkpoints(folder, steps, **options):
-    keep = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=6, filename="{step}")
-    fit(steps, trainer={"enable_checkpointing": True, "callbacks": [keep], **options})
+def checkpoints(folder, steps, val=None, **options):
+    keep = ModelCheckpoint(folder, save_top_k=-1, **options)
+    data = {"val": val}
+    fit(steps, count=48, data=data, trainer={"enable_checkpointing": True, "callbacks": [keep]})
     return {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.ckpt")}
 
 
 # Lightning says that the state is that after the step, as it is with automatic optimization.
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
-def test_checkpoints_of_every_n_steps_are_the_same(tmp_path):
+@pytest.mark.parametrize("val", [None, regression_batch(4, rows=8)], ids=["", "validation"])
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 6}, {"every_n_epochs": 1}], ids=str)
+def test_checkpoints_have_the_same_names_and_contents(tmp_path, val, when):
     folders = [tmp_path / "many", tmp_path / "one"]
-    found, expected = (checkpoints(f, k) for f, k in zip(folders, (3, 1), strict=True))
-    # A checkpoint is written after a batch of the loader: one of step 6 is of both.
-    shared = found.keys() & expected.keys()
-    assert "step=6.ckpt" in shared
-    for name in shared:
+    found, expected = (checkpoints(f, k, val, **when) for f, k in zip(folders, (3, 1), strict=True))
+    assert len(expected) == (6 if "every_n_train_steps" in when else 3)
+    assert found.keys() == expected.keys()
+    for name in expected:
         for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
             one, two = found[name][part], expected[name][part]
             torch.testing.assert_close(one, two, **EXACTLY)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"every_n_train_steps": 7}, "every_n_train_steps=6 or 9, or another multiple of 3"),
+        ({"every_n_train_steps": 2}, "every_n_train_steps=3, or another multiple of 3"),
+        ({"train_time_interval": timedelta(hours=1)}, "train_time_interval=...\\) is ignored"),
+    ],
+)
+def test_checkpoints_that_would_be_left_out_are_refused(tmp_path, argument, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoints(tmp_path, 3, **argument)
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_a_warning_says_that_later_epochs_end_at_other_steps(tmp_path):
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=6)
+    with pytest.warns(UserWarning, match="holds 2 steps and not steps_per_batch=3"):
+        fit(3, trainer={"enable_checkpointing": True, "callbacks": [keep]})
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_lightning._upstream import (
     answer_to_check,
     compile_graph,
+    has_gradient_hooks,
     make_graph,
     traced_node,
     untraced,
@@ -191,3 +192,13 @@ assert torch.distributions.Distribution._validate_args
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_a_parameter_are_seen_until_they_are_removed(register):
+    parameter = torch.nn.Parameter(torch.ones(()))
+    assert not has_gradient_hooks(parameter)
+    handle = getattr(parameter, register)(lambda grad: None)
+    assert has_gradient_hooks(parameter)
+    handle.remove()
+    assert not has_gradient_hooks(parameter)
