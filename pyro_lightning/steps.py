@@ -122,7 +122,7 @@ class ManySteps(WholeSteps):
             )
         # One that the user's hook leaves out counts as well, as it does for Lightning.
         count_optimizer_steps(self.trainer, done + 1 - self.trainer.global_step)
-        return results[0]
+        return results[-1]
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
