@@ -137,15 +137,25 @@ def _anew(stream: Any) -> Iterator[Any]:
 
 
 def first_rows(batch: Any, count: int) -> Any:
-    """Cut the first rows of every tensor that is indexed by row; leave everything else.
+    """Cut the first rows of what is indexed by row, tensors and lists; leave everything else.
 
     Example:
-        >>> first_rows((torch.zeros(5, 2), "unit"), 2)[0].shape
-        torch.Size([2, 2])
+        >>> first_rows({"x": torch.zeros(3), "name": ["a", "b", "c"], "unit": "m"}, 2)
+        {'x': tensor([0., 0.]), 'name': ['a', 'b'], 'unit': 'm'}
     """
     rows = count_rows(batch)
 
-    def cut(value: torch.Tensor) -> torch.Tensor:
-        return value[:count].clone() if value.dim() and len(value) == rows else value
+    def cut(value: Any, inside: bool = True) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[:count].clone() if value.dim() and len(value) == rows else value
+        if isinstance(value, Mapping):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            # torch's collation makes a list of the strings of all rows.
+            if inside and len(value) == rows and all(isinstance(item, str) for item in value):
+                return value[:count]
+            values = [cut(item) for item in value]
+            return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+        return value
 
-    return map_tensors(batch, cut)
+    return cut(batch, inside=False)

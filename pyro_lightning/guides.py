@@ -1,5 +1,6 @@
 """What Pyro's autoguides need before they serve a model on mini-batches."""
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -30,6 +31,7 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: For something that is no guide, and for Pyro's messenger guides.
+        ValueError: For an autoguide that was copied or pickled, and has no model any more.
     """
     factory = guide.func if isinstance(guide, partial) else guide
     made = guide(model) if isinstance(factory, type) else guide
@@ -43,6 +45,13 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
             "guide must be an autoguide class, a functools.partial of one, a guide instance or a "
             f"guide function; got {type(made).__name__}"
         )
+    for part in parts_of(made):
+        if part._model is None:
+            raise ValueError(
+                f"{type(part).__name__} has lost its model, which Pyro takes from an autoguide "
+                "that is copied or pickled, as by save_hyperparameters(): call "
+                "save_hyperparameters(ignore=['guide']) after super().__init__, or pass the class."
+            )
     return made  # type: ignore[no-any-return]
 
 
@@ -198,6 +207,20 @@ class BackReferences:
 
     def __init__(self, guide: Any) -> None:
         self._saved = [(part, part._model, part.master) for part in parts_of(guide)]
+
+    def __getstate__(self) -> list[Any]:
+        # The module's parts were pickled before this, and lost both; a weak reference cannot be.
+        self.restore()
+        return [
+            (part, model, None if master is None else master())
+            for part, model, master in self._saved
+        ]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        self._saved = [
+            (part, model, None if master is None else weakref.ref(master))
+            for part, model, master in state
+        ]
 
     def restore(self) -> None:
         """Put model and master back where they were lost."""

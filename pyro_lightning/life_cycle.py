@@ -1,6 +1,6 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +37,7 @@ from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
+from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
@@ -61,6 +62,9 @@ class LifeCycle(Runs):
     _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
     _prototype: Any = None
+    _sites: Mapping[str, Sequence[int]] = MappingProxyType({})
+    _cut_plates: tuple[str, ...] = ()
+    _dtype: torch.dtype = torch.float32
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -76,11 +80,23 @@ class LifeCycle(Runs):
             batch = self._with_rows(batch)
             complete_contexts(partial(self._warm_up, batch, handled))
         data = data_of(batch)
-        counted = type(self).num_rows is LifeCycle.num_rows
-        self._prototype = first_rows(data, 2) if counted else data
+        self._prototype = self._few_rows(data)
+        self._dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
+
+    def _few_rows(self, data: Any) -> Any:
+        """Return the first two rows of a batch, or all of it where model or guide needs more."""
+        if type(self).num_rows is not LifeCycle.num_rows or self.num_rows(data) <= 2:
+            return data
+        few = first_rows(data, 2)
+        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
+            try:
+                run_once(self, self._with_rows(few), handled)
+            except Exception:  # two rows are not the user's batch, and may be none of the model's
+                return data
+        return few
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
         self._check_rows_of_guide()
@@ -89,6 +105,8 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         shorter = partial(run_shorter, self, batch, handled) if counted else None
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model, shorter)
+        self._cut_plates = tuple(sorted(plates))
+        self._sites = latent_shapes(in_guide.sites, plates)
         tables = self._tables()
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
@@ -156,6 +174,8 @@ class LifeCycle(Runs):
         if stage == "predict":
             return
         training = stage == "fit"
+        if not training and self._dataset_size is None and not self._size_is_stated():
+            return  # a checkpoint may know it, which is read after this
         if training and not self._initialised and loses_new_parameters(self.trainer):
             raise ValueError(
                 "this strategy trains in processes started from this one and loads their result "
@@ -168,7 +188,9 @@ class LifeCycle(Runs):
                 self._dataset_size = self._resolve_size(loader if training else None)
             if not training:
                 loader = first_of(loader)
-            batch = None if self._initialised or loader is None else self._first_batch(loader)
+            # What was rebuilt of a checkpoint is checked before it trains.
+            ready = self._initialised and bool(self._checked_rows or not training)
+            batch = None if ready or loader is None else self._first_batch(loader)
         if training:
             self._mean_batch_size = self._followed = None
             source = row_source(loader)
@@ -184,6 +206,21 @@ class LifeCycle(Runs):
                 self._initialise(batch)
         if training:
             self._number_rows(source)
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate without N."""
+        if self._dataset_size is None:
+            self._resolve_size(None)
+
+    def on_test_start(self) -> None:
+        """Refuse to test without N."""
+        if self._dataset_size is None:
+            self._resolve_size(None)
+
+    def _size_is_stated(self) -> bool:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        stated = self._given_size, getattr(datamodule, "dataset_size", None)
+        return any(size is not None for size in stated)
 
     def _follow_loader(self, batch: Any) -> None:
         """Read the mean batch size of the loader that trains, and N anew once it is another.
