@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from pyro_lightning._lightning import restricted_classmethod, resumes_fit, stage_of
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.checkpoint_io import use_weights_only
+from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
 from pyro_lightning.guides import parts_of
@@ -44,8 +45,10 @@ class Checkpoints(ManySteps):
     """Stores what rebuilds a guide, and refuses checkpoints of something else."""
 
     _save_example: bool = True
-    _stored: dict[str, Any] | None = None
-    _warned_of_example: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stored: dict[str, Any] | None = None
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -55,6 +58,17 @@ class Checkpoints(ManySteps):
         if stage == "fit":
             refuse_code({self.CHECKPOINT_HYPER_PARAMS_KEY: dict(self.hparams)})
         super().setup(stage)
+        if stage == "fit" and self._save_example:
+            _, problem = self._packed_example()
+            if problem is not None:
+                warnings.warn(
+                    f"checkpoints will hold no example batch, from which load_from_checkpoint "
+                    f"would rebuild the guide: {problem}. Let the loader hand over tensors, "
+                    "numbers and strings, in tuples, lists and dicts, and make the object in "
+                    "model_inputs; or leave the example out by save_example=False.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the guide, the sizes of the data, and K.
@@ -79,6 +93,8 @@ class Checkpoints(ManySteps):
             "steps_per_batch": self.steps_per_batch,
             "example": example,
             "no_example": problem,
+            "shown_rows": self._few_rows.shown,
+            "built_rows": self._few_rows.built,
             "structure": self._structure() if self._initialised else None,
         }
 
@@ -87,19 +103,9 @@ class Checkpoints(ManySteps):
         if not self._initialised:
             return None, "it was written before the first batch"
         try:
-            packed = pack(self._prototype)
+            packed = pack(self._few_rows.data)
         except TypeError as error:
-            if self._save_example and not self._warned_of_example:
-                self._warned_of_example = True
-                warnings.warn(
-                    f"{error}, which a checkpoint cannot hold: it has no example batch, from which "
-                    "load_from_checkpoint would rebuild the guide. Let the loader hand over "
-                    "tensors, numbers and strings, in tuples, lists and dicts, and make the object "
-                    "in model_inputs; or leave the example out by save_example=False.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            return None, f"{error}, which a checkpoint cannot hold"
+            return None, f"{error}, which weights_only would not read back"
         return (packed if self._save_example else blank(packed)), None
 
     def _structure(self) -> dict[str, Any]:
@@ -246,9 +252,10 @@ class Checkpoints(ManySteps):
         Nothing is checked and no loss is taken: two rows may be too few, and the batch that the
         model was checked on was accepted. A training batch is checked again.
         """
-        structure, example = stored["structure"], unpack(stored["example"])
+        structure = stored["structure"]
+        few = FewRows(unpack(stored["example"]), stored["shown_rows"], stored["built_rows"])
         device = self._parameter_device() or torch.device("cpu")
-        batch = map_tensors(example, lambda tensor: tensor.to(device))
+        batch = map_tensors(few.repeated(few.built), lambda tensor: tensor.to(device))
         _match_dtypes_(self, state)
         self._find_networks()
         self._networks.release(structure["lifted"])
@@ -276,7 +283,7 @@ class Checkpoints(ManySteps):
         self._sites_of_data = tuple(structure["sites_of_data"])
         self._globals_of_data = tuple(structure["globals_of_data"])
         self._dims_by_hand, self._masks = structure["dims_by_hand"], structure["masks"]
-        self._prototype, self._checked_rows = example, 0
+        self._few_rows, self._prototype, self._checked_rows = few, few.repeated(few.shown), 0
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 

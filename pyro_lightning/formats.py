@@ -21,6 +21,8 @@ _ABSENT: dict[str, Any] = {
     "trained": None,
     "steps_per_batch": None,
     "example": None,
+    "shown_rows": None,
+    "built_rows": None,
     "no_example": "it was written by an earlier version of pyro_lightning",
     "structure": None,
 }

@@ -12,10 +12,10 @@ from pyro_lightning._lightning import loses_new_parameters, stage_loader, transf
 from pyro_lightning.batches import (
     example_batch,
     first_of,
-    first_rows,
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites, warn_of_unscaled
+from pyro_lightning.few_rows import FewRows, keep_few_rows
 from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
@@ -62,6 +62,7 @@ class LifeCycle(Runs):
     _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
     _prototype: Any = None
+    _few_rows: FewRows = FewRows(None)
     _sites: Mapping[str, Sequence[int]] = MappingProxyType({})
     _cut_plates: tuple[str, ...] = ()
     _dtype: torch.dtype = torch.float32
@@ -80,23 +81,13 @@ class LifeCycle(Runs):
             batch = self._with_rows(batch)
             complete_contexts(partial(self._warm_up, batch, handled))
         data = data_of(batch)
-        self._prototype = self._few_rows(data)
+        counted = type(self).num_rows is LifeCycle.num_rows
+        self._few_rows = keep_few_rows(self, data, counted)
+        self._prototype = self._few_rows.repeated(self._few_rows.shown)
         self._dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
-
-    def _few_rows(self, data: Any) -> Any:
-        """Return the first two rows of a batch, or all of it where model or guide needs more."""
-        if type(self).num_rows is not LifeCycle.num_rows or self.num_rows(data) <= 2:
-            return data
-        few = first_rows(data, 2)
-        with torch.inference_mode(False), preserved_state(self), self._isolated() as handled:
-            try:
-                run_once(self, self._with_rows(few), handled)
-            except Exception:  # two rows are not the user's batch, and may be none of the model's
-                return data
-        return few
 
     def _warm_up(self, batch: Any, handled: Callable[[Any], Callable[..., Any]]) -> None:
         self._check_rows_of_guide()

@@ -74,7 +74,8 @@ def _refused(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _refused(item, f"{path}[{number}]")
     elif not _is_read(value):
         name = getattr(value, "__qualname__", None)
-        yield path, kind.__name__ if name is None else f"{kind.__name__} '{name}'"
+        kind_name = "class" if isinstance(value, type) else kind.__name__
+        yield path, kind_name if name is None else f"{kind_name} '{name}'"
 
 
 def _is_read(value: Any) -> bool:
