@@ -168,7 +168,11 @@ def _taken(batch: Any, at: list[int]) -> Any:
             return {key: taken(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
             # torch's collation makes a list of the strings of all rows.
-            if inside and len(value) == rows and all(isinstance(item, str) for item in value):
+            if (
+                inside
+                and len(value) == rows
+                and all(isinstance(item, str | bytes) for item in value)
+            ):
                 return [value[number] for number in at]
             values = [taken(item) for item in value]
             return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)

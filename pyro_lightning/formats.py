@@ -26,7 +26,8 @@ _ABSENT: dict[str, Any] = {
     "no_example": "it was written by an earlier version of pyro_lightning",
     "structure": None,
 }
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+_NUMBERS = (bool, int, float, complex)
+_PLAIN = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def stored_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,9 +152,9 @@ def blank(packed: Any) -> Any:
         shape, dtype = packed.shape, packed.dtype
         real = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
         return torch.ones(shape, dtype=dtype) if real else torch.zeros(shape, dtype=dtype)
-    if isinstance(packed, str):
-        return ""
-    if isinstance(packed, int | float):
+    if isinstance(packed, str | bytes):
+        return type(packed)()
+    if isinstance(packed, _NUMBERS):
         return type(packed)(1)
     if not isinstance(packed, dict):
         return packed
