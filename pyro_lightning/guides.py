@@ -19,6 +19,7 @@ from pyro.infer.autoguide import (
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import nn
+from torch.distributions import Distribution, Transform
 
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
@@ -242,3 +243,23 @@ def move_prototypes_(guide: Any, device: torch.device) -> None:
             for site in part.prototype_trace.nodes.values():
                 if "fn" in site:  # some autoguides empty the nodes of their prototype
                     site["fn"] = on_device(site["fn"], device)
+
+
+def drop_weak_references_(module: nn.Module) -> None:
+    """Drop what leads from a constrained value to its parameter, and cannot be pickled.
+
+    Pyro hangs it on the value, which may be the parameter itself, and which the distributions that
+    an autoguide remembers hold. The next run hangs it there anew.
+    """
+    found: list[Any] = list(module.parameters())
+    for part in parts_of(module):
+        if part.prototype_trace is not None:
+            found += [site.get("fn") for site in part.prototype_trace.nodes.values()]
+    while found:
+        value = found.pop()
+        if isinstance(value, torch.Tensor):
+            value.__dict__.pop("unconstrained", None)
+        elif isinstance(value, list | tuple):
+            found += value
+        elif isinstance(value, Distribution | Transform):
+            found += vars(value).values()
