@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from pyro_lightning.weights_only import refuse_code
 

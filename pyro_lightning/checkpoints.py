@@ -111,7 +111,7 @@ class Checkpoints(ManySteps):
     def _structure(self) -> dict[str, Any]:
         """What the first batch decided, on rows of which the checkpoint has two at most."""
         return {
-            "dtype": self._dtype,
+            "dtype": self._first_dtype,
             "sites": self._sites,
             "cut_plates": list(self._cut_plates),
             "sites_of_data": list(self._sites_of_data),
@@ -119,6 +119,7 @@ class Checkpoints(ManySteps):
             "dims_by_hand": dict(self._dims_by_hand),
             "masks": dict(self._masks),
             "lifted": sorted(self._networks.released),
+            "max_plate_nesting": getattr(self.elbo, "max_plate_nesting", float("inf")),
         }
 
     # -- loading -------------------------------------------------------------------------------
@@ -256,7 +257,8 @@ class Checkpoints(ManySteps):
         few = FewRows(unpack(stored["example"]), stored["shown_rows"], stored["built_rows"])
         device = self._parameter_device() or torch.device("cpu")
         batch = map_tensors(few.repeated(few.built), lambda tensor: tensor.to(device))
-        _match_dtypes_(self, state)
+        # In the precision of the first batch, and afterwards in that of the checkpoint.
+        _match_dtypes_(self, state, structure["dtype"])
         self._find_networks()
         self._networks.release(structure["lifted"])
         try:
@@ -278,7 +280,10 @@ class Checkpoints(ManySteps):
                 f"need another batch than the checkpoint has. {_BY_HAND}"
             ) from error
         _match_dtypes_(self, state)
-        self._dtype, self._cut_plates = structure["dtype"], tuple(structure["cut_plates"])
+        if getattr(self.elbo, "max_plate_nesting", None) == float("inf"):
+            # Which Pyro finds by a run of its own, with random numbers that others would have had.
+            self.elbo.max_plate_nesting = structure["max_plate_nesting"]
+        self._first_dtype, self._cut_plates = structure["dtype"], tuple(structure["cut_plates"])
         self._sites = latent_shapes(in_guide.sites, self._cut_plates)
         self._sites_of_data = tuple(structure["sites_of_data"])
         self._globals_of_data = tuple(structure["globals_of_data"])
@@ -359,8 +364,10 @@ def _data_plate(plates: list[str], columns: Mapping[str, int | None]) -> str:
     return repr(plates if len(plates) > 1 else next(iter(plates), None))
 
 
-def _match_dtypes_(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give parameters and buffers the precision that they were saved in.
+def _match_dtypes_(
+    module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Give parameters and buffers that were saved in another precision that one, or the given.
 
     A Trainer of double precision makes a module double, which a new one is not.
     """
@@ -368,5 +375,6 @@ def _match_dtypes_(module: nn.Module, state: Mapping[str, Any]) -> None:
         there = state.get(name)
         if not isinstance(there, torch.Tensor) or is_lazy(tensor) or is_lazy(there):
             continue
-        if there.is_floating_point() and tensor.is_floating_point():
-            tensor.data = tensor.data.to(there.dtype)
+        real = there.is_floating_point() and tensor.is_floating_point()
+        if real and there.dtype != tensor.dtype:
+            tensor.data = tensor.data.to(dtype or there.dtype)

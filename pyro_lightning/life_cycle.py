@@ -65,7 +65,7 @@ class LifeCycle(Runs):
     _few_rows: FewRows = FewRows(None)
     _sites: Mapping[str, Sequence[int]] = MappingProxyType({})
     _cut_plates: tuple[str, ...] = ()
-    _dtype: torch.dtype = torch.float32
+    _first_dtype: torch.dtype = torch.float32
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -84,7 +84,7 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         self._few_rows = keep_few_rows(self, data, counted)
         self._prototype = self._few_rows.repeated(self._few_rows.shown)
-        self._dtype = torch.get_default_dtype()
+        self._first_dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
         self._keeps_rows = bool(self._per_row())
         self._initialised = True

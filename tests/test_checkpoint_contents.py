@@ -139,6 +139,19 @@ def test_a_module_is_rebuilt_without_an_example_of_the_data(name, tmp_path):
     assert torch.equal(*(seeded(lambda m=m: m.loss(case.batch(2))) for m in (loaded, svi)))
 
 
+def weighted(x, counts):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, counts.sqrt()), obs=x)
+
+
+def test_a_blank_example_need_not_be_possible_data(tmp_path):
+    svi = PyroSVIModule(weighted, dataset_size=N, save_example=False)
+    svi.loss((X[:B], torch.arange(1, B + 1)))
+    loaded = PyroSVIModule.load_from_checkpoint(save(svi, tmp_path / "fit.ckpt"), model=weighted)
+    assert_equal_draws(loaded, svi)
+
+
 # -- batches that cannot be stored -----------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from checkpoint_support import assert_equal_draws
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins import TorchCheckpointIO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from support import normal_mean, quiet_trainer
 from torch.optim.lr_scheduler import (
@@ -167,6 +168,17 @@ def test_a_callback_whose_state_could_not_be_read_is_refused_as_it_is_saved(tmp_
     with pytest.raises(TypeError, match=r"a float64 \(checkpoint\['callbacks'\]\['Counts'\]\['s"):
         trainer.save_checkpoint(tmp_path / "fit.ckpt")
     assert not (tmp_path / "fit.ckpt").exists()
+
+
+class OtherIO(TorchCheckpointIO):
+    """What a user's own plugin for files is."""
+
+
+def test_with_a_plugin_for_files_too(tmp_path):
+    trainer = fit(PyroSVIModule(normal_mean), callbacks=[Counts()], plugins=[OtherIO()])
+    assert type(trainer.strategy.checkpoint_io) is OtherIO
+    with pytest.raises(TypeError, match="a float64"):
+        trainer.save_checkpoint(tmp_path / "fit.ckpt")
 
 
 class Setting:

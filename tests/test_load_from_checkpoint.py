@@ -43,6 +43,8 @@ def assert_same(loaded, svi, batch):
     on = {"batch": batch} if svi._globals_of_data else {}
     assert_equal_draws(loaded, svi, **on)
     assert_equal_draws(loaded, svi, batch=batch)
+    with torch.no_grad():  # as in validation
+        assert torch.equal(*(seeded(lambda m=m: m.loss(batch)) for m in (loaded, svi)))
     assert torch.equal(*(seeded(lambda m=m: m.loss(batch)) for m in (loaded, svi)))
 
 
@@ -57,9 +59,18 @@ def test_draws_and_losses_are_those_of_the_saved_module(name, tmp_path):
     svi.loss(case.batch(0))
     move(svi)
     loaded = load_into(case.make(), save(svi, tmp_path / "fit.ckpt"))
+    for options in ({}, {"rows": [0, 5, 5]}):
+        assert answer(loaded, **options) == answer(svi, **options)
     assert_same(loaded, svi, case.batch(1))
-    if name in ("rows", "rows, points"):
-        assert_equal_draws(loaded, svi, rows=[0, 5, 5])
+
+
+def answer(svi, **options):
+    """Draws, or why there are none."""
+    try:
+        draws = seeded(lambda: svi.posterior_samples(2, **options))
+    except ValueError as error:
+        return str(error)
+    return {name: value.tolist() for name, value in draws.items()}
 
 
 # -- more guides and models ------------------------------------------------------------------------
@@ -97,6 +108,17 @@ def lazy():
     return PyroSVIModule(model, dataset_size=N)
 
 
+def nn_regression():
+    net = nn.Linear(3, 1)
+
+    def model(x, y):
+        bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x)[:, 0] + bias, 1.0), obs=y)
+
+    return model
+
+
 def fixed_batches(x, y):
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with pyro.plate("data", N, subsample_size=B):
@@ -108,6 +130,13 @@ def neighbours(x, y):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(w * x[4, 0], 1.0), obs=y)
+
+
+def different_rows(x, y):
+    """A model that needs three rows that differ."""
+    if len(x.unique(dim=0)) < 3:
+        raise ValueError("not enough rows that differ")
+    neighbours(x, y)
 
 
 def own_plates():
@@ -159,7 +188,20 @@ def masked_values(seed):
     return x, torch.arange(len(x)) % 3 != seed % 3
 
 
+class OfBatch(nn.Module):
+    """A guide that computes a latent of all rows from its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, x, y):
+        pyro.sample("w", dist.Normal(self.net(x).mean(0), 0.1).to_event(1))
+        pyro.sample("sigma", dist.LogNormal(0.0, 0.1))
+
+
 FORMS = {
+    "latent of all rows from a batch": (lambda: of(regression, OfBatch())(), regression_batch),
     "AutoGaussian": (of(regression, AutoGaussian), regression_batch),
     "AutoStructured": (of(regression, AutoStructured), regression_batch),
     "AutoDiscreteParallel": (discrete, regression_batch),
@@ -168,6 +210,7 @@ FORMS = {
     "lazy layer": (lazy, regression_batch),
     "fixed batch size": (of(fixed_batches), regression_batch),
     "five rows needed": (of(neighbours), regression_batch),
+    "three different rows needed": (of(different_rows), regression_batch),
     "create_plates": (own_plates, numbered_values),
     "masked latents": (of(missing, missing_guide), masked_values),
     "no data plate": (
@@ -185,6 +228,7 @@ def test_other_forms_of_guide_and_model(name, tmp_path):
     svi.loss(batch(0))
     move(svi)
     loaded = load_into(make(), save(svi, tmp_path / "fit.ckpt"))
+    assert answer(loaded) == answer(svi)
     assert_same(loaded, svi, batch(1))
 
 
@@ -308,13 +352,26 @@ def test_a_network_that_is_handed_over_gets_the_weights(tmp_path):
     assert torch.equal(net.log_sigma, svi.model.log_sigma)
 
 
-def test_a_module_of_double_precision_is_double_again(tmp_path):
-    svi = Plain()
+@pytest.mark.parametrize("made_of", [{}, {"model": regression}], ids=["subclass", "function"])
+def test_a_module_of_double_precision_is_double_again(made_of, tmp_path):
+    kind = PyroSVIModule if made_of else Plain
+    svi = kind(**made_of)
     fit(svi, precision="64-true").save_checkpoint(tmp_path / "fit.ckpt")
-    loaded = Plain.load_from_checkpoint(tmp_path / "fit.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "fit.ckpt", **made_of)
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float64}
     assert_equal_draws(loaded, svi)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_module_that_was_made_double_after_its_first_batch_is_double_again(tmp_path):
+    svi = PyroSVIModule(nn_regression(), dataset_size=N)
+    svi.loss(regression_batch(0))
+    move(svi.double())
+    loaded = PyroSVIModule.load_from_checkpoint(
+        save(svi, tmp_path / "fit.ckpt"), model=nn_regression()
+    )
+    batch = tuple(column.double() for column in regression_batch(1))
+    assert_same(loaded, svi, batch)
 
 
 def test_loading_leaves_random_states_as_they_were(tmp_path):
@@ -377,7 +434,15 @@ def test_a_training_batch_is_checked_though_the_example_was_not(tmp_path):
         regression(x, y)
         pyro.factor("sum", -y.square().sum())
 
-    load = partial(PyroSVIModule.load_from_checkpoint, tmp_path / "fit.ckpt", model=counts_rows)
+    def optimizer(parameters):
+        raise AssertionError("the batch is checked before")
+
+    load = partial(
+        PyroSVIModule.load_from_checkpoint,
+        tmp_path / "fit.ckpt",
+        model=counts_rows,
+        optimizer=optimizer,
+    )
     load().posterior_samples(1)
     with pytest.raises(ValueError, match="site 'sum'.*grows with the batch"):
         fit(load())
