@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 # A class method that an instance does not have: whoever calls it there drops what it returns.
@@ -42,9 +42,11 @@ def resumes_fit(module: LightningModule) -> bool:
 
 
 def stage_of(module: LightningModule) -> str | None:
-    """What a Trainer does with the module: ``"fit"``, ``"validate"`` and so on; or None."""
+    """What a Trainer is doing with the module: ``"fit"``, ``"validate"`` and so on; or None."""
     trainer = module._trainer
-    return None if trainer is None or trainer.state.fn is None else trainer.state.fn.value
+    if trainer is None or trainer.state.fn is None:
+        return None
+    return trainer.state.fn.value if trainer.state.status == TrainerStatus.RUNNING else None
 
 
 def logs_this_step(trainer: Trainer) -> bool:

@@ -56,7 +56,11 @@ class Checkpoints(ManySteps):
         """Set up; refuse hyperparameters that no checkpoint could hold before they cost a fit."""
         use_weights_only(self.trainer)
         if stage == "fit":
-            refuse_code({self.CHECKPOINT_HYPER_PARAMS_KEY: dict(self.hparams)})
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            saved = {self.CHECKPOINT_HYPER_PARAMS_KEY: dict(self.hparams)}
+            if data is not None:
+                saved[data.CHECKPOINT_HYPER_PARAMS_KEY] = dict(data.hparams)
+            refuse_code(saved)
         super().setup(stage)
         if stage == "fit" and self._save_example:
             _, problem = self._packed_example()
@@ -195,10 +199,10 @@ class Checkpoints(ManySteps):
         self._refuse_other_plates(stored)
         if resumes_fit(self):
             self._refuse_other_data(stored)
-        if self._dataset_size is None:
+        if self._given_size is None and stored["dataset_size"] is not None:
             self._dataset_size = stored["dataset_size"]
         if stored["trained"] is not None:
-            self._trained = stored["trained"].clone()
+            self._trained = stored["trained"].cpu().clone()
         if stored["identities"] is not None:
             self._identities = stored["identities"]
         if self._initialised:

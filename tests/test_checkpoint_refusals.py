@@ -81,6 +81,13 @@ def test_an_evaluation_takes_n_of_the_checkpoint(use, path):
     assert whole == pytest.approx(N * per_row, rel=1e-6)  # single precision
 
 
+def test_n_of_the_checkpoint_is_known_better_than_that_of_other_data(path):
+    svi = PyroSVIModule(normal_mean)
+    others = data(60, val_split=0.5)
+    quiet_trainer().validate(svi, datamodule=others, ckpt_path=path, verbose=False)
+    assert (svi.dataset_size, others.dataset_size) == (N, 30)
+
+
 def test_an_evaluation_keeps_the_n_that_is_stated(path):
     svi = PyroSVIModule(normal_mean, dataset_size=1000)
     quiet_trainer().validate(svi, DataLoader(X[40:]), ckpt_path=path, verbose=False)

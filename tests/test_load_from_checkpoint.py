@@ -386,10 +386,18 @@ def test_loading_leaves_random_states_as_they_were(tmp_path):
 # -- what comes after ------------------------------------------------------------------------------
 
 
-def test_a_loaded_module_trains_on_as_a_copy_of_the_saved_one_does(tmp_path):
-    svi = Plain()
+class OfRows(PyroSVIModule):
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("kind", [Plain, OfRows])
+def test_a_loaded_module_trains_on_as_a_copy_of_the_saved_one_does(kind, tmp_path):
+    svi = kind()
     fit(svi).save_checkpoint(tmp_path / "fit.ckpt")
-    loaded, copied = Plain.load_from_checkpoint(tmp_path / "fit.ckpt"), copy.deepcopy(svi)
+    loaded, copied = kind.load_from_checkpoint(tmp_path / "fit.ckpt"), copy.deepcopy(svi)
     for module in (loaded, copied):
         fit(module, max_epochs=2)
     for name, value in copied.state_dict().items():
@@ -406,6 +414,19 @@ def test_a_loaded_module_validates_without_a_fit(tmp_path):
         torch.manual_seed(0)
         figures += quiet_trainer().validate(module, held_out, verbose=False)
     assert figures[0] == figures[1]
+
+
+class Predicts(Plain):
+    def predict_step(self, batch):
+        return seeded(lambda: self.posterior_samples(2))["bias"]
+
+
+def test_a_fresh_module_predicts_from_a_checkpoint(tmp_path):
+    svi = Predicts()
+    fit(svi).save_checkpoint(tmp_path / "fit.ckpt")
+    loader = DataLoader(list(zip(*regression_batch(5), strict=True)), batch_size=B)
+    found = quiet_trainer().predict(Predicts(), loader, ckpt_path=tmp_path / "fit.ckpt")
+    assert torch.equal(found[0], svi.predict_step(None))
 
 
 def test_rows_that_trained_can_be_drawn_and_others_cannot(tmp_path):
