@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -17,38 +16,22 @@ from pyro_lightning.checkpoint_io import use_weights_only
 from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
-from pyro_lightning.guides import parts_of
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.saved_sites import (
     latent_shapes,
-    lines_of_keys,
-    other_parameters,
-    other_sites,
-    parameter_name,
 )
+from pyro_lightning.state_dicts import BY_HAND, StateDicts
 from pyro_lightning.states import default_dtype, preserved_state
-from pyro_lightning.steps import ManySteps
 from pyro_lightning.weights_only import refuse_code
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_BY_HAND = (
-    "Build the module as for the fit, checkpoint = torch.load(path, weights_only=True), and then "
-    "svi.on_load_checkpoint(checkpoint), svi.loss(batch) and "
-    "svi.load_state_dict(checkpoint['state_dict'])."
-)
-_MADE_LATER = ("guide.", "_pyro_param_store.", "_networks.")
 
-
-class Checkpoints(ManySteps):
+class Checkpoints(StateDicts):
     """Stores what rebuilds a guide, and refuses checkpoints of something else."""
 
     _save_example: bool = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stored: dict[str, Any] | None = None
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -193,12 +176,13 @@ class Checkpoints(ManySteps):
             RuntimeError: When the model does not run on the example batch.
         """
         super().on_load_checkpoint(checkpoint)
-        self._stored = stored = stored_in(checkpoint)
+        stored = stored_in(checkpoint)
         if stored is None:
             return
         self._refuse_other_plates(stored)
         if resumes_fit(self):
             self._refuse_other_data(stored)
+        self._stored = stored
         if self._given_size is None and stored["dataset_size"] is not None:
             self._dataset_size = stored["dataset_size"]
         if stored["trained"] is not None:
@@ -281,7 +265,7 @@ class Checkpoints(ManySteps):
                 "the guide could not be rebuilt: model and guide do not run on the example batch "
                 f"of the checkpoint ({type(error).__name__}: {error}). Hand over the model and "
                 f"guide that were trained (latent sites: {sites}). If these are the same, they "
-                f"need another batch than the checkpoint has. {_BY_HAND}"
+                f"need another batch than the checkpoint has. {BY_HAND}"
             ) from error
         _match_dtypes_(self, state)
         if getattr(self.elbo, "max_plate_nesting", None) == float("inf"):
@@ -295,70 +279,6 @@ class Checkpoints(ManySteps):
         self._few_rows, self._prototype, self._checked_rows = few, few.repeated(few.shown), 0
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load parameters and buffers; after :meth:`on_load_checkpoint` of the same checkpoint.
-
-        Args:
-            state_dict: As :meth:`state_dict` returned it.
-            strict: Whether what only one of the two has is an error. What a guide without
-                parameters would lose is an error in any case.
-            assign: As in ``nn.Module.load_state_dict``.
-
-        Returns:
-            What is missing and what is unexpected.
-
-        Raises:
-            RuntimeError: Listing latent sites and parameters that are missing (in the checkpoint),
-                unexpected (of the checkpoint alone) or of another shape.
-        """
-        stored, self._stored = self._stored, None
-        if not self._initialised:
-            self._refuse_lost(state_dict, stored)
-        lines = []
-        if stored is not None and stored["structure"] is not None and self._initialised:
-            ordered = any(isinstance(part, AutoContinuous) for part in parts_of(self.guide))
-            lines = other_sites(stored["structure"]["sites"], self._sites, ordered)
-        if lines and strict:
-            raise _another([*lines, *other_parameters(state_dict, self.state_dict())])
-        try:
-            # Without strict, so that torch, which knows the hooks of all parts, says what differs.
-            found: Any = super().load_state_dict(state_dict, strict=False, assign=assign)
-        except RuntimeError as error:
-            lines = other_parameters(state_dict, self.state_dict())
-            if not lines:
-                raise
-            raise _another(lines) from error
-        if strict and (found.missing_keys or found.unexpected_keys):
-            raise _another(lines_of_keys(found.missing_keys, found.unexpected_keys))
-        return found
-
-    def _refuse_lost(self, state: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
-        """Refuse parameters for which the guide has no place yet, as torch would drop them."""
-        own = self.state_dict().keys()
-        lost = [key for key in state if key not in own and key.startswith(_MADE_LATER)]
-        if not lost:
-            return
-        why = ""
-        if stored is not None:
-            why = f" The checkpoint holds no example batch to make them: {stored['no_example']}."
-        raise RuntimeError(
-            "the guide has no parameters yet, and these of the checkpoint would be lost: "
-            f"{', '.join(map(parameter_name, lost))}.{why} Use load_from_checkpoint, which makes "
-            "them of the checkpoint's example batch (an on_load_checkpoint or on_save_checkpoint "
-            f"of your own must call super()). Or make them first. {_BY_HAND}"
-        )
-
-
-def _another(lines: list[str]) -> RuntimeError:
-    return RuntimeError(
-        "the checkpoint is of another model or guide than this module:\n  "
-        + "\n  ".join(lines)
-        + "\nHand over the model and guide that were trained, as in load_from_checkpoint(path, "
-        "model=..., guide=...). strict=False loads what both have."
-    )
 
 
 def _data_plate(plates: list[str], columns: Mapping[str, int | None]) -> str:
