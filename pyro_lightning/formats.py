@@ -3,7 +3,6 @@
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -167,10 +166,9 @@ def blank(packed: Any) -> Any:
 
 
 def _named(module: str, name: str, fields: tuple[str, ...], values: list[Any]) -> Any:
-    try:
-        found = attrgetter(name)(sys.modules.get(module))
-    except AttributeError:
-        found = None
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):  # not by getattr, which may run code of the module
+        found = getattr(found, "__dict__", {}).get(part)
     if isinstance(found, type) and issubclass(found, tuple):
         if getattr(found, "_fields", None) == fields:
             return found._make(values)  # type: ignore[attr-defined]

@@ -51,11 +51,12 @@ class StateDicts(ManySteps):
         stored, self._stored = self._stored, None
         if not self._initialised:
             self._refuse_lost(state_dict, stored)
-        lines = []
+        lines, ordered = [], False
         if stored is not None and stored["structure"] is not None and self._initialised:
             ordered = any(isinstance(part, AutoContinuous) for part in parts_of(self.guide))
             lines = other_sites(stored["structure"]["sites"], self._sites, ordered)
-        if lines and strict:
+        # What one vector holds of other sites fits by chance.
+        if lines and (strict or ordered):
             raise _another([*lines, *other_parameters(state_dict, self.state_dict())])
         try:
             # Without strict, so that torch, which knows the hooks of all parts, says what differs.
@@ -88,7 +89,8 @@ class StateDicts(ManySteps):
 
 def _another(lines: list[str]) -> RuntimeError:
     return RuntimeError(
-        "the checkpoint is of another model or guide than this module:\n  "
+        "the checkpoint is of another model or guide than this module (missing is what the "
+        "checkpoint lacks, unexpected what this module lacks):\n  "
         + "\n  ".join(lines)
         + "\nHand over the model and guide that were trained, as in load_from_checkpoint(path, "
         "model=..., guide=...). strict=False loads what both have."

@@ -271,6 +271,14 @@ def test_what_both_have_is_loaded_where_that_is_asked_for(tmp_path):
     assert loaded.posterior_samples(1)["c"].shape == (1, 3)
 
 
+def test_a_vector_of_other_sites_is_not_what_both_have(tmp_path):
+    saved = save(of(SMALL, AutoMultivariateNormal), tmp_path / "fit.ckpt")
+    with pytest.raises(RuntimeError, match=r"missing latent sites: c \(3,\)"):
+        PyroSVIModule.load_from_checkpoint(
+            saved, model=model_of(c=(3,)), guide=AutoMultivariateNormal, strict=False
+        )
+
+
 def test_a_model_that_takes_another_batch_is_named_with_the_sites_that_were_trained(path):
     def of_pairs(x, y):
         normal_mean(x)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def test_before_its_first_batch_a_copy_becomes_what_the_module_does(name, take):
     assert_equal(svi, copied)
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("take", [again, copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    ("name", "take"), [*product(EAGER, (again, copy.deepcopy)), ("compiled", again)]
+)
 def test_after_its_first_batch_a_copy_is_equal_and_apart(name, take):
     svi = MODULES[name]()
     svi.loss(batch())
