@@ -7,8 +7,12 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.utils.data import DataLoader
+
+# A class method that an instance does not have: whoever calls it there drops what it returns.
+restricted_classmethod = _restricted_classmethod
 
 
 def stage_loader(trainer: Trainer, stage: str) -> Any:
@@ -37,8 +41,15 @@ def loses_new_parameters(trainer: Trainer) -> bool:
 
 def resumes_fit(module: LightningModule) -> bool:
     """Whether a checkpoint is loaded to go on with its fit."""
+    return stage_of(module) == TrainerFn.FITTING.value
+
+
+def stage_of(module: LightningModule) -> str | None:
+    """What a Trainer is doing with the module: ``"fit"``, ``"validate"`` and so on; or None."""
     trainer = module._trainer
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if trainer is None or trainer.state.fn is None:
+        return None
+    return trainer.state.fn.value if trainer.state.status == TrainerStatus.RUNNING else None
 
 
 def logs_this_step(trainer: Trainer) -> bool:

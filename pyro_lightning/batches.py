@@ -173,15 +173,45 @@ def cut_batch(batch: Any, rows: int, start: int, stop: int) -> Any:
 
 
 def first_rows(batch: Any, count: int) -> Any:
-    """Cut the first rows of every tensor that is indexed by row; leave everything else.
+    """Cut the first rows of what is indexed by row, tensors and lists; leave everything else.
 
     Example:
-        >>> first_rows((torch.zeros(5, 2), "unit"), 2)[0].shape
-        torch.Size([2, 2])
+        >>> first_rows({"x": torch.zeros(3), "name": ["a", "b", "c"], "unit": "m"}, 2)
+        {'x': tensor([0., 0.]), 'name': ['a', 'b'], 'unit': 'm'}
+    """
+    return _taken(batch, list(range(min(count, count_rows(batch)))))
+
+
+def repeated_rows(batch: Any, count: int) -> Any:
+    """Repeat the rows of a batch, in their order, until there are as many as asked for.
+
+    Example:
+        >>> repeated_rows((torch.tensor([5, 6]), "unit"), 5)
+        (tensor([5, 6, 5, 6, 5]), 'unit')
     """
     rows = count_rows(batch)
+    return _taken(batch, [number % rows for number in range(count)])
 
-    def cut(value: torch.Tensor) -> torch.Tensor:
-        return value[:count].clone() if value.dim() and len(value) == rows else value
 
-    return map_tensors(batch, cut)
+def _taken(batch: Any, at: list[int]) -> Any:
+    rows, numbers = count_rows(batch), torch.tensor(at, dtype=torch.long)
+
+    def taken(value: Any, inside: bool = True) -> Any:
+        if isinstance(value, torch.Tensor):
+            by_row = value.dim() > 0 and len(value) == rows
+            return value.index_select(0, numbers.to(value.device)) if by_row else value
+        if isinstance(value, Mapping):
+            return {key: taken(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            # torch's collation makes a list of the strings of all rows.
+            if (
+                inside
+                and len(value) == rows
+                and all(isinstance(item, str | bytes) for item in value)
+            ):
+                return [value[number] for number in at]
+            values = [taken(item) for item in value]
+            return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+        return value
+
+    return taken(batch, inside=False)

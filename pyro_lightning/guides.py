@@ -1,5 +1,6 @@
 """What Pyro's autoguides need before they serve a model on mini-batches."""
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -18,6 +19,7 @@ from pyro.infer.autoguide import (
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import nn
+from torch.distributions import Distribution, Transform
 
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
@@ -30,6 +32,7 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: For something that is no guide, and for Pyro's messenger guides.
+        ValueError: For an autoguide that was copied or pickled, and has no model any more.
     """
     factory = guide.func if isinstance(guide, partial) else guide
     made = guide(model) if isinstance(factory, type) else guide
@@ -43,6 +46,13 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
             "guide must be an autoguide class, a functools.partial of one, a guide instance or a "
             f"guide function; got {type(made).__name__}"
         )
+    for part in parts_of(made):
+        if part._model is None:
+            raise ValueError(
+                f"{type(part).__name__} has lost its model, which Pyro takes from an autoguide "
+                "that is copied or pickled, as by save_hyperparameters(): call "
+                "save_hyperparameters(ignore=['guide']) after super().__init__, or pass the class."
+            )
     return made  # type: ignore[no-any-return]
 
 
@@ -199,6 +209,20 @@ class BackReferences:
     def __init__(self, guide: Any) -> None:
         self._saved = [(part, part._model, part.master) for part in parts_of(guide)]
 
+    def __getstate__(self) -> list[Any]:
+        # The module's parts were pickled before this, and lost both; a weak reference cannot be.
+        self.restore()
+        return [
+            (part, model, None if master is None else master())
+            for part, model, master in self._saved
+        ]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        self._saved = [
+            (part, model, None if master is None else weakref.ref(master))
+            for part, model, master in state
+        ]
+
     def restore(self) -> None:
         """Put model and master back where they were lost."""
         for part, model, master in self._saved:
@@ -219,3 +243,23 @@ def move_prototypes_(guide: Any, device: torch.device) -> None:
             for site in part.prototype_trace.nodes.values():
                 if "fn" in site:  # some autoguides empty the nodes of their prototype
                     site["fn"] = on_device(site["fn"], device)
+
+
+def drop_weak_references_(module: nn.Module) -> None:
+    """Drop what leads from a constrained value to its parameter, and cannot be pickled.
+
+    Pyro hangs it on the value, which may be the parameter itself, and which the distributions that
+    an autoguide remembers hold. The next run hangs it there anew.
+    """
+    found: list[Any] = list(module.parameters())
+    for part in parts_of(module):
+        if part.prototype_trace is not None:
+            found += [site.get("fn") for site in part.prototype_trace.nodes.values()]
+    while found:
+        value = found.pop()
+        if isinstance(value, torch.Tensor):
+            value.__dict__.pop("unconstrained", None)
+        elif isinstance(value, list | tuple):
+            found += value
+        elif isinstance(value, Distribution | Transform):
+            found += vars(value).values()

@@ -1,6 +1,6 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,10 +18,10 @@ from pyro_lightning._lightning import (
 from pyro_lightning.batches import (
     example_batch,
     first_of,
-    first_rows,
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites, warn_of_unscaled
+from pyro_lightning.few_rows import FewRows, keep_few_rows
 from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
@@ -49,6 +49,7 @@ from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
+from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
@@ -76,6 +77,10 @@ class LifeCycle(Runs):
     _checked_rows: int = 0
     _prototype: Any = None
     _draws_in_python: bool = False
+    _few_rows: FewRows = FewRows(None)
+    _sites: Mapping[str, Sequence[int]] = MappingProxyType({})
+    _cut_plates: tuple[str, ...] = ()
+    _first_dtype: torch.dtype = torch.float32
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -94,7 +99,9 @@ class LifeCycle(Runs):
             self._draws_in_python = drew()
         data = data_of(batch)
         counted = type(self).num_rows is LifeCycle.num_rows
-        self._prototype = first_rows(data, 2) if counted else data
+        self._few_rows = keep_few_rows(self, data, counted)
+        self._prototype = self._few_rows.repeated(self._few_rows.shown)
+        self._first_dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
@@ -106,6 +113,8 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         shorter = partial(run_shorter, self, batch, handled) if counted else None
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model, shorter)
+        self._cut_plates = tuple(sorted(plates))
+        self._sites = latent_shapes(in_guide.sites, plates)
         tables = self._tables()
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
@@ -179,6 +188,8 @@ class LifeCycle(Runs):
         if stage == "predict":
             return
         training = stage == "fit"
+        if not training and self._dataset_size is None and not self._size_is_stated():
+            return  # a checkpoint may know it, which is read after this
         if training and not self._initialised and loses_new_parameters(self.trainer):
             raise ValueError(
                 "this strategy trains in processes started from this one and loads their result "
@@ -203,7 +214,9 @@ class LifeCycle(Runs):
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._identities = known or getattr(datamodule, "identities", None)
         with failing_together(self.trainer):
-            if not self._initialised and loader is not None:
+            # What was rebuilt of a checkpoint is checked before it trains.
+            ready = self._initialised and bool(self._checked_rows or not training)
+            if not ready and loader is not None:
                 with preserved_state(self):
                     batch = self._first_batch(loader)
                 # A step makes its tensors in the precision of the Trainer, and so does this run.
@@ -212,6 +225,21 @@ class LifeCycle(Runs):
         if training:
             compare_ranks(self, loader)
             self._number_rows(source)
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate without N."""
+        if self._dataset_size is None:
+            self._resolve_size(None)
+
+    def on_test_start(self) -> None:
+        """Refuse to test without N."""
+        if self._dataset_size is None:
+            self._resolve_size(None)
+
+    def _size_is_stated(self) -> bool:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        stated = self._given_size, getattr(datamodule, "dataset_size", None)
+        return any(size is not None for size in stated)
 
     def _follow_loader(self, batch: Any) -> None:
         """Read the mean batch size of the loader that trains, and N anew once it is another.

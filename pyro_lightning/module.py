@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_lightning.baselines import DecayingBaselines
+from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
@@ -22,10 +23,9 @@ from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
-from pyro_lightning.steps import ManySteps
 
 
-class PyroSVIModule(ManySteps):
+class PyroSVIModule(Checkpoints):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -69,6 +69,9 @@ class PyroSVIModule(ManySteps):
             options. See :class:`pyro_lightning.compiled.CompiledLoss`.
         steps_per_batch: K, how many optimizer steps each batch of the loader, of K * B rows, is cut
             for; :class:`ArrayDataModule` cuts such batches by itself.
+        save_example: Whether a checkpoint holds the first two rows of the first batch, on which
+            :meth:`load_from_checkpoint` runs guide and model. False puts a constant in the place
+            of every number in them.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -103,6 +106,7 @@ class PyroSVIModule(ManySteps):
         checks: bool = True,
         compile: bool | str | Mapping[str, Any] = False,
         steps_per_batch: int = 1,
+        save_example: bool = True,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -126,6 +130,7 @@ class PyroSVIModule(ManySteps):
         self._prototype: Any = None
         self._initialised = False
         self._checks = checks
+        self._save_example = save_example
         self._compiled = read_compile(compile)
         if steps_per_batch < 1:
             raise ValueError(f"steps_per_batch must be at least 1, got {steps_per_batch}")
@@ -172,8 +177,11 @@ class PyroSVIModule(ManySteps):
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
         size, rows = self._known_size(), self.num_rows(data_of(batch))
-        # One row alone cannot be compared with less, as some checks do.
-        if not self._initialised or (self._checked_rows == 1 and rows > 1):
+        # One row alone cannot be compared with less, as some checks do; the example of a checkpoint
+        # was not checked at all.
+        trains = torch.is_grad_enabled() and not held_out
+        unchecked = self._checked_rows == 1 or (trains and not self._checked_rows)
+        if not self._initialised or (rows > 1 and unchecked):
             self._initialise(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():

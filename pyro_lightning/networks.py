@@ -102,7 +102,7 @@ class Networks(nn.Module):
             sites: Messages of the sample statements that ran in the model.
             run: Computes the loss.
         """
-        self._release(self._lifted)
+        self.release(self._lifted)
         loss = run()
         leaves = {id(leaf) for leaf in trainable_leaves(loss)}
         draws: dict[str, set[str]] = {}
@@ -116,10 +116,16 @@ class Networks(nn.Module):
             if not any(id(p) in leaves for p in named.values()) and any(
                 names <= named.keys() for names in draws.values()
             ):
-                self._release([name])
+                self.release([name])
         return loss
 
-    def _release(self, names: Iterable[str]) -> None:
+    @property
+    def released(self) -> frozenset[str]:
+        """Names of the networks that were let go of."""
+        return frozenset(self._released)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let go of networks whose parameters are drawn."""
         for name in names:
             if self._modules.pop(name, None) is not None:
                 self._released.add(name)

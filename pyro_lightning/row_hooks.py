@@ -241,18 +241,6 @@ class RowHooks(LightningModule):
         with dense_stand_ins(optimizer):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep how many rows have a number, and which of them trained."""
-        if self._per_row() and self._trained is not None:
-            rows = {"identities": self._count_rows(), "trained": self._trained.clone()}
-            checkpoint["pyro_lightning_rows"] = rows
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read which rows trained."""
-        rows = checkpoint.get("pyro_lightning_rows")
-        if rows is not None:
-            self._identities, self._trained = rows["identities"], rows["trained"].clone()
-
     def teardown(self, stage: str) -> None:
         """Leave the data set as it was."""
         if self._switched_on is not None:

@@ -13,6 +13,7 @@ from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import batch_arguments, count_rows
 from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
 from pyro_lightning.guards import Guard, names_read
+from pyro_lightning.guides import drop_weak_references_
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.masked_latents import KEPT, open_masks
@@ -34,6 +35,11 @@ class Runs(RowHooks, ModelOwner):
     _makes_handler: Callable[..., DataPlateMessenger] = DataPlateMessenger
     _masks: Mapping[str, str] = MappingProxyType({})
     _initialised: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning's does not call Pyro's, which comes after it and does this for parameters.
+        drop_weak_references_(self)
+        return super().__getstate__()
 
     # -- hooks ---------------------------------------------------------------------------------
 

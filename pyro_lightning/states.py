@@ -39,6 +39,17 @@ def forked_noise() -> Any:
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors in a precision, as a Trainer's ``precision`` does in a step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def preserved_state(module: nn.Module) -> Iterator[None]:
     """Put back the random states of Python, NumPy and torch, and the buffers of a module."""
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,12 +1,12 @@
 """Refusals of what ``steps_per_batch`` cannot do."""
 
-import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from pyro_lightning._lightning import checkpoint_triggers
 from pyro_lightning.closures import is_library
+from pyro_lightning.rank_zero import warn
 
 # What Lightning calls under automatic optimization only, and the remedy.
 _HOOKS = {
@@ -66,12 +66,11 @@ def warn_of_shifted(trainer: Trainer, taken: int, steps: int) -> None:
     if taken == steps or trainer.current_epoch > 0 or trainer.max_epochs == 1:
         return
     if any(every for every, _ in checkpoint_triggers(trainer)):
-        warnings.warn(
+        warn(
             f"a batch of the loader holds {taken} steps and not steps_per_batch={steps}, so that "
             "batches of later epochs end at no multiple of it, where "
             "ModelCheckpoint(every_n_train_steps=...) would write. Choose a steps_per_batch that "
             "divides the steps of an epoch, or write every_n_epochs.",
-            UserWarning,
             stacklevel=2,
         )
 

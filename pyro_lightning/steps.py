@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_lightning._lightning import count_optimizer_steps, resumes_fit
+from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.batches import cut_batch
 from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
@@ -218,26 +218,6 @@ class ManySteps(WholeSteps):
                 if value is None:
                     continue
             self.lr_scheduler_step(config.scheduler, value)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep K, by which batches and steps are counted."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["pyro_lightning_steps_per_batch"] = self.steps_per_batch
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another K than the checkpoint's.
-
-        Raises:
-            ValueError: Naming both.
-        """
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("pyro_lightning_steps_per_batch", self.steps_per_batch)
-        if saved != self.steps_per_batch and resumes_fit(self):
-            raise ValueError(
-                f"the checkpoint is of steps_per_batch={saved}, and this module has "
-                f"{self.steps_per_batch}: what is done would be counted wrongly. "
-                f"Resume with {saved}, or load the weights alone, by load_state_dict."
-            )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch; step the schedulers of epochs, where optimization is manual."""

@@ -130,6 +130,7 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
         "checks",
         "compile",
         "steps_per_batch",
+        "save_example",
     } == set(shown)
 
 
