@@ -1,7 +1,8 @@
 """The private names of Pyro and torch that compilation leans on, each with a test of its own."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,20 @@ def multiplied(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> tuple[t
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy tensors to the places of others, in one call."""
     torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Have torch leave its kernels of oneDNN out.
+
+    The public ``torch.backends.mkldnn.flags`` sets precisions as well, which warns of Intel GPUs.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def make_graph(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> GraphModule:

@@ -4,6 +4,7 @@ import dis
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from pyro_lightning.places import SCALARS, codes, of_others, places
 
-_BY_NAME = {"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"}
+_LOOKS_UP = {"getattr", "hasattr"}
+_COMPUTES = {"vars", "__dict__", "__getattribute__", "attrgetter"}
 
 
 class Names(NamedTuple):
@@ -20,8 +22,8 @@ class Names(NamedTuple):
 
     Attributes:
         read: Those that stand in it.
-        looked_up: Strings in code that looks attributes up by name.
-        computed: Whether there is such code, of which no more is known.
+        looked_up: Those that are looked up, as by ``getattr(owner, "name")``.
+        computed: Whether code looks attributes up by names that it computes.
     """
 
     read: frozenset[str]
@@ -58,17 +60,32 @@ def names_read(owner: Any, roots: Iterable[Any]) -> Names:
             before = read | looked_up
             for code in codes(value.__code__):
                 read.update(code.co_names)
-                if _BY_NAME.intersection(code.co_names):
-                    computed = True
-                    looked_up.update(_strings(code))
+                found = list(_looked_up(code))
+                computed = computed or None in found
+                looked_up.update(name for name in found if name is not None)
             for name in (read | looked_up) - before:
                 pending.extend(_held(owner, name))
         pending.extend(place.held for place in places("", value))
     return Names(frozenset(read), frozenset(looked_up), computed)
 
 
-def _strings(code: CodeType) -> Iterator[str]:
-    return (each for each in code.co_consts if isinstance(each, str) and each.isidentifier())
+def _looked_up(code: CodeType) -> Iterator[str | None]:
+    """Yield the names that code looks attributes up by; None for one that it computes."""
+    if _COMPUTES.intersection(code.co_names):
+        yield None
+    if not _LOOKS_UP.intersection(code.co_names):
+        return
+    instructions = list(dis.get_instructions(code))
+    for number, each in enumerate(instructions):
+        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in _LOOKS_UP:
+            # The arguments, which are loaded one after the other where nothing is computed.
+            loaded = takewhile(_loads, (after for after in instructions[number + 1 :]))
+            names = [a.argval for a in loaded if a.opname == "LOAD_CONST"]
+            yield next((name for name in names if isinstance(name, str)), None)
+
+
+def _loads(instruction: dis.Instruction) -> bool:
+    return instruction.opname.startswith(("LOAD_", "PUSH_NULL", "CACHE", "EXTENDED_ARG"))
 
 
 def _held(owner: Any, name: str) -> Iterator[Any]:

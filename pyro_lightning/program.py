@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from pyro_lightning._upstream import multiplied
+from pyro_lightning._upstream import multiplied, without_onednn
 from pyro_lightning.closures import LONGEST
 from pyro_lightning.gather import gather_rows, mark_taken
 from pyro_lightning.inputs import Flat, flatten
@@ -97,7 +96,9 @@ class Program:
 
         free, others = self._values(inputs)
         known = {id(p) for p in (*module.parameters(), *module.buffers())}
-        with pyro.validation_enabled(False):
+        recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        # oneDNN's LSTM passes a tensor to its derivative that does not exist while traced.
+        with pyro.validation_enabled(False), without_onednn() if recurrent else nullcontext():
             self.traced: Traced = trace_loss(loss_of, free, others)
         if {id(p) for p in (*module.parameters(), *module.buffers())} != known:
             raise Untraceable("parameters or buffers were made while the loss was traced")
@@ -189,8 +190,12 @@ class _Compiled(torch.autograd.Function):
         return loss.clone() if loss.is_cuda else loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # the graph holds no derivative of the gradients
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError(
+                "a compiled loss has first derivatives only, and create_graph=True asks for the "
+                "second: leave compile out"
+            )
         return None, None, *multiplied(ctx.grads, grad)
 
 

@@ -120,10 +120,10 @@ class Runs(RowHooks, ModelOwner):
         names = names_read(self, [self.model, self.guide])
         found = find_guards([self.model, self.guide, self.elbo], self._hides(names))
         for holder in (self.__dict__, self._modules):
-            for key in ("elbo", "_model", "_guide", "model", "guide"):
+            for key in {"elbo", "_model", "_guide", "model", "guide"}.intersection(holder):
                 found.append(Guard(key.lstrip("_"), holder.get, key, holder.get(key)))
         # The Trainer's counts where model or guide reads them, as to anneal a term.
-        epoch = names.computed or {"trainer", "_trainer", "current_epoch"}.intersection(names.read)
+        epoch = {"trainer", "_trainer", "current_epoch"}.intersection(names.read)
         for name in ["current_epoch"] * bool(epoch) + ["global_step"] * names.has("global_step"):
             found.append(Guard(name, partial(getattr, self), name, getattr(self, name)))
         for name in sorted(names.looked_up.difference(self.__dict__, dir(type(self)))):

@@ -69,7 +69,8 @@ def trace_loss(
         used.extend(grad is not None for grad in grads)
         return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
-    graph = make_graph(both, [*params, *others])
+    # Detached, so that a parameter that the loss has by itself is a constant, not an input.
+    graph = make_graph(both, [*(p.detach() for p in params), *others])
     _refuse_sizes_of_values(graph)
     read = [*answers.read, *(_constant(graph, node) for node in answers.nodes)]
     constants = _lift_constants(graph)
