@@ -285,7 +285,7 @@ class CompiledLoss:
         parameters = trained(module)
         with _failing(entry):
             found = of_graph(module, program, inputs, parameters)
-        program.steps = steps
+        program.steps = steps  # that was none
         losses.append(module._run(batch).loss)  # whose errors are the user's
         expected = of_eager(losses[0], parameters)
         if schedule is None:
@@ -338,10 +338,12 @@ class CompiledLoss:
         program = entry.program
         assert program is not None
         parameters = trained(module)
+        steps = program.steps
         expected = of_program(module, program, inputs, parameters)
         self.compilations += 1
         program.run = compile_graph(program.traced.graph, program.example(inputs), self.options)
         compare(of_program(module, program, inputs, parameters), expected, "compiled code")
+        program.steps = steps  # these were none
         entry.compiled = True
 
 
