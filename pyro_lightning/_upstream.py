@@ -1,16 +1,19 @@
 """The private names of Pyro and torch that compilation leans on, each with a test of its own."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro.infer.util import Dice
+from pyro.poutine import runtime
 from pyro.util import warn_if_nan
-from torch import _inductor
+from torch import _inductor, nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
+from torch.optim import Optimizer
 
 
 def answer_to_check() -> bool | None:
@@ -37,6 +40,50 @@ _CHECKS = {
     warn_if_nan.__code__: False,
 }
 _FILES = {code.co_filename for code in _CHECKS}
+
+
+def handlers_around() -> bool:
+    """Whether handlers of Pyro's stand around the code that asks."""
+    return bool(runtime._PYRO_STACK)
+
+
+def hook_tables(module: nn.Module) -> list[Mapping[int, Any]]:
+    """Return the tables of hooks that run with the calls of a module."""
+    return [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ]
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks of the user's run with the steps of an optimizer."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def multiplied(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Multiply tensors by a scalar one, in one call."""
+    return tuple(torch._foreach_mul(list(tensors), factor))
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors to the places of others, in one call."""
+    torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Have torch leave its kernels of oneDNN out.
+
+    The public ``torch.backends.mkldnn.flags`` sets precisions as well, which warns of Intel GPUs.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def make_graph(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> GraphModule:

@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pyro_lightning._upstream import compile_graph
-from pyro_lightning.compared import compare, of_eager, of_program, trained
+from pyro_lightning._upstream import compile_graph, handlers_around
+from pyro_lightning.audits import Schedule
+from pyro_lightning.compared import (
+    compare,
+    largest_gradient,
+    of_eager,
+    of_graph,
+    of_program,
+    trained,
+)
 from pyro_lightning.fused import FusedStep, has_state
-from pyro_lightning.guards import Guard, changed, find_guards
+from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
 from pyro_lightning.program import Program, StepInputs, step_inputs
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.states import drawing, drawing_in_python, preserved_state
@@ -60,20 +69,39 @@ def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
 class _Entry:
     """A batch shape with the Python state of its steps."""
 
-    def __init__(self, key: Any, guards: list[Guard]) -> None:
+    def __init__(self, key: Any, guards: list[Guard], new: set[str]) -> None:
         self.key = key
-        self.guards = guards
+        self.new = new  # the places that made it another entry
         self.uses = 0
+        self.failed = False
+        self.anew = False  # traced a second time, since something had changed unseen
+        self.begin(guards)
+
+    def begin(self, guards: list[Guard]) -> None:
+        """Forget a trace."""
+        self.guards = [guard for guard in guards if not guard.moves]
+        self.moving = [guard for guard in guards if guard.moves]
         self.program: Program | None = None
         self.traced_on: list[torch.Tensor] = []
         self.compared = False
-        self.trusted = False  # compared on another batch
+        self.schedule: Schedule | None = None  # there is one once it is compared on another batch
+        self.largest = 0.0
         self.compiled = False
-        self.failed = False
         self.fused: FusedStep | None = None
         self.optimizer: Any = None
         self.made = 0
         self.waits = False  # for a step that is compiled whole
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it was compared on another batch than the one that it was traced on."""
+        return self.schedule is not None
+
+    def is_due(self, epoch: int | None) -> bool:
+        """Whether it is to be compared with eager in this step."""
+        if self.schedule is None or self.program is None:
+            return False
+        return self.schedule.due(self.program.steps, epoch)
 
     def parameters_changed(self) -> str | None:
         """Say so when parameters are of another kind than in the trace."""
@@ -84,10 +112,11 @@ class _Entry:
 class CompiledLoss:
     """Computes a module's loss by compiled code where it can be trusted.
 
-    A batch shape's first step is eager, and traced; before the second, the trace is compared with
-    eager at equal random numbers on the batch of that step. Python state that model and guide can
-    reach is watched: other state is another trace. A second shape, or state, is traced once it has
-    been met often, since compiling takes as long as a thousand small steps.
+    A batch shape's first step is eager, and traced; the second is eager, too, and the trace is
+    compared with it at equal random numbers. Python state that model and guide can reach is
+    watched: other state is another trace. Lest anything change unseen, steps from time to time are
+    eager and compared again, see :class:`pyro_lightning.audits.Schedule`. A second shape, or state,
+    is traced once it has been met often, since compiling takes as long as a thousand small steps.
 
     Args:
         options: Arguments of ``torch.compile``.
@@ -104,7 +133,7 @@ class CompiledLoss:
         self.traces = 0
         self.compilations = 0
         self._entries: list[_Entry] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._asked = 0
         self._draws = False
 
@@ -123,20 +152,28 @@ class CompiledLoss:
         """
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return None  # there is no gradient to compute
+        losses: list[torch.Tensor] = []
         with self._refusing():
             inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
-            if not self._may_be_used(module, batch, inputs, entry):
+            entry.uses += 1
+            if entry.failed or not self._is_traced(module, inputs, entry):
                 return None
-            if entry.waits and not entry.compiled:
+            assert entry.program is not None
+            # Values that were read of the batch hold for this very batch, such as one of all rows.
+            same = not entry.trusted and all(map(torch.equal, entry.traced_on, inputs.flat.tensors))
+            if same and not entry.compared and entry.uses < 3:
+                return None
+            if not (entry.trusted or same and entry.compared) or entry.is_due(_epoch(module)):
+                self._compare(module, batch, inputs, entry, same, losses)
+            elif entry.waits and not entry.compiled:
                 entry.waits = False
-                return None
-            with _failing(entry):
-                assert entry.program is not None
-                if not entry.compiled:
-                    self._compile(module, inputs, entry)
-                return entry.program.loss(inputs)
-        return None
+            else:
+                with _failing(entry):
+                    if not entry.compiled:
+                        self._compile(module, inputs, entry)
+                    losses.append(entry.program.loss(inputs))
+        return losses[0] if losses else None
 
     def step(self, module: Any, batch: Any, optimizer: Optimizer) -> FusedStep | None:
         """Return what takes whole steps on batches like this one, or None where there is none.
@@ -149,8 +186,8 @@ class CompiledLoss:
         with self._refusing():
             inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
-            if not self._may_be_used(module, batch, inputs, entry) or not entry.trusted:
-                return None
+            if entry.failed or not entry.trusted or entry.is_due(_epoch(module)):
+                return None  # :meth:`loss` brings it nearer, or compares it
             with _failing(entry):
                 fused = self._fused(entry, optimizer, inputs)
             if fused is not None:
@@ -178,6 +215,10 @@ class CompiledLoss:
 
     def _inputs(self, module: Any, batch: Any) -> StepInputs:
         """Read a step's inputs, which must not take random numbers from the eager step."""
+        if handlers_around():
+            raise Untraceable("handlers of Pyro's stand around the call, which it would not see")
+        if torch.is_anomaly_enabled():
+            raise Untraceable("torch looks for anomalies, operation by operation")
         inputs = None
         if not self._draws and self._asked < _ASKED:
             self._asked += 1
@@ -194,13 +235,13 @@ class CompiledLoss:
         except Untraceable as error:
             if self.strict:
                 raise RuntimeError(f"the loss cannot be compiled: {error}") from error
-            if not self._warned:
+            if error.kind not in self._warned:
+                self._warned.add(error.kind)
                 warn(
                     f"the loss is not compiled, and runs eagerly: {error}. Leave compile out, or "
                     "change the model; compile='strict' makes this an error.",
                     stacklevel=4,
                 )
-            self._warned = True
 
     def _entry(self, module: Any, inputs: StepInputs) -> _Entry:
         reasons = set()
@@ -216,37 +257,81 @@ class CompiledLoss:
                 f"batches have come in {_MOST_KEPT} shapes, with other Python state{names}. Make "
                 "what changes a tensor, such as a buffer, which compiled code reads at each step"
             )
-        guards = find_guards([module.model, module.guide, module.elbo], module._hides())
-        guards += module._counters()
-        self._entries.append(_Entry(inputs.key, guards))
+        self._entries.append(_Entry(inputs.key, module._guards(), reasons))
         return self._entries[-1]
 
-    def _may_be_used(self, module: Any, batch: Any, inputs: StepInputs, entry: _Entry) -> bool:
-        """Bring a batch shape nearer to its compiled code; tells whether this batch may use it."""
-        entry.uses += 1
-        if entry.trusted or entry.failed:
-            return not entry.failed
-        if entry.program is None:
-            # The first is traced at once.
-            if self.traces < _MOST and (self.traces == 0 or entry.uses > _PATIENCE):
-                with _failing(entry):
-                    self._trace(module, inputs, entry)
+    def _is_traced(self, module: Any, inputs: StepInputs, entry: _Entry) -> bool:
+        """Trace a batch shape that has come often enough; tells whether it was traced before."""
+        if entry.program is not None:
+            return True
+        # The first is traced at once.
+        if self.traces > 0 and entry.uses <= _PATIENCE:
             return False
-        # Values that were read of the batch hold for this very batch, such as one of all N rows.
-        same = all(map(torch.equal, entry.traced_on, inputs.flat.tensors))
-        if same and (entry.compared or entry.uses < 3):  # one step may ask twice
-            return entry.compared
-        parameters = trained(module)
-        expected = of_eager(module, batch, parameters)  # whose errors are the user's
         with _failing(entry):
-            compare(of_program(module, entry.program, inputs, parameters), expected, "a trace")
+            if self.traces >= _MOST:
+                names = f"other Python state ({', '.join(sorted(entry.new))})" * bool(entry.new)
+                raise _Exhausted(
+                    f"{_MOST} traces have been made, and steps of {names or 'another shape'} have "
+                    "none. Make what changes a tensor, such as a buffer, which compiled code reads "
+                    "at each step, or batches of fewer sizes"
+                )
+            self._trace(module, inputs, entry)
+        return False
+
+    def _compare(
+        self,
+        module: Any,
+        batch: Any,
+        inputs: StepInputs,
+        entry: _Entry,
+        same: bool,
+        losses: list[torch.Tensor],
+    ) -> None:
+        """Compare the recorded operations with eager, whose loss is the step's, at equal noise.
+
+        Raises:
+            Untraceable: When they differ; ``losses`` holds the loss of eager then, too.
+        """
+        program, schedule = entry.program, entry.schedule
+        assert program is not None
+        began, steps, epoch = time.monotonic(), program.steps, _epoch(module)
+        parameters = trained(module)
+        with _failing(entry):
+            found = of_graph(module, program, inputs, parameters)
+        program.steps = steps  # that was none
+        losses.append(module._run(batch).loss)  # whose errors are the user's
+        expected = of_eager(losses[0], parameters)
+        if schedule is None:
+            with _failing(entry):
+                compare(found, expected, "a trace")
+        else:
+            try:
+                compare(found, expected, "a trace", entry.largest)
+            except Untraceable:
+                self._start_anew(module, entry, steps - schedule.last)
         entry.compared = True
-        if not same:
-            entry.trusted, entry.traced_on = True, []
-        return True
+        entry.largest = max(entry.largest, largest_gradient(expected))
+        if schedule is not None:
+            schedule.done(steps, epoch, time.monotonic() - began)
+        elif not same:
+            entry.schedule, entry.traced_on = Schedule(steps, epoch), []
+
+    def _start_anew(self, module: Any, entry: _Entry, steps: int) -> None:
+        """Have a trace that no longer holds made anew, or leave it for good."""
+        entry.failed, entry.anew = entry.anew, True
+        entry.uses = _PATIENCE
+        entry.begin(module._guards())
+        raise _Unseen(
+            "it has come to differ from eager at the same random numbers, so that up to "
+            f"{steps} steps before this one were wrong: model or guide read something that has "
+            "changed and is not watched, such as a long list or array, an object of a library, "
+            "or a file. Make it a tensor, such as a buffer"
+            + ("" if entry.failed else "; it is traced anew")
+        )
 
     def _trace(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         self.traces += 1
+        entry.moving = renewed(entry.moving)
         with preserved_state(module):
             drew = drawing_in_python()
             entry.program = Program(module, inputs)
@@ -256,20 +341,36 @@ class CompiledLoss:
                 "the model draws from Python's or NumPy's random numbers, which would be the same "
                 "at each step: draw from torch's"
             )
-        name = changed(entry.guards)
+        name = changed(entry.guards) or changed(entry.moving)
         if name is not None:
             raise Untraceable(f"the model changes '{name}' as it runs")
+        entry.guards += guards_of_values(entry.program.traced.read)
         entry.traced_on = [tensor.clone() for tensor in inputs.flat.tensors]
 
     def _compile(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         program = entry.program
         assert program is not None
         parameters = trained(module)
+        steps = program.steps
         expected = of_program(module, program, inputs, parameters)
         self.compilations += 1
         program.run = compile_graph(program.traced.graph, program.example(inputs), self.options)
         compare(of_program(module, program, inputs, parameters), expected, "compiled code")
+        program.steps = steps  # these were none
         entry.compiled = True
+
+
+class _Exhausted(Untraceable):
+    kind = "exhausted"
+
+
+class _Unseen(Untraceable):
+    kind = "unseen"
+
+
+def _epoch(module: Any) -> int | None:
+    trainer = module._trainer
+    return None if trainer is None else int(trainer.current_epoch)
 
 
 @contextmanager
@@ -280,6 +381,8 @@ def _failing(entry: _Entry) -> Iterator[None]:
     except Exception as error:
         entry.failed = True
         # Whatever tracing and compiling meet, the eager loss serves, and the cause is told.
+        if isinstance(error, _Exhausted):
+            raise
         kind = "" if isinstance(error, Untraceable) else f"{type(error).__name__}: "
         raise Untraceable(f"{kind}{error}{_where(error)}") from error
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from pyro_lightning._upstream import compile_graph, make_graph
+from pyro_lightning._upstream import compile_graph, copy_all, make_graph
 from pyro_lightning.program import Program, StepInputs
 from pyro_lightning.states import forked_noise
 from pyro_lightning.tracing import Untraceable
@@ -172,7 +172,7 @@ class FusedStep:
                         part.view_as(p)
                         for part, p in zip(torch.split(flat, sizes), dense.parameters, strict=True)
                     ]
-                    torch._foreach_copy_([state.data for state in states], parts)
+                    copy_all([state.data for state in states], parts)
         self._begun, self._flat, self._others = [], [], None
 
     def _arguments(

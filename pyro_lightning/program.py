@@ -8,6 +8,8 @@ import pyro
 import torch
 from torch import nn
 
+from pyro_lightning._upstream import multiplied, without_onednn
+from pyro_lightning.closures import LONGEST
 from pyro_lightning.gather import gather_rows, mark_taken
 from pyro_lightning.inputs import Flat, flatten
 from pyro_lightning.masked_latents import OPEN
@@ -93,12 +95,29 @@ class Program:
                 return module._bare_loss(args, kwargs, inputs.batch_size)  # type: ignore[no-any-return]
 
         free, others = self._values(inputs)
-        known = {id(p) for p in module.parameters()}
-        with pyro.validation_enabled(False):
+        known = {id(p) for p in (*module.parameters(), *module.buffers())}
+        recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        # oneDNN's LSTM passes a tensor to its derivative that does not exist while traced.
+        with pyro.validation_enabled(False), without_onednn() if recurrent else nullcontext():
             self.traced: Traced = trace_loss(loss_of, free, others)
-        if {id(p) for p in module.parameters()} != known:
-            raise Untraceable("parameters were made while the loss was traced")
+        if {id(p) for p in (*module.parameters(), *module.buffers())} != known:
+            raise Untraceable("parameters or buffers were made while the loss was traced")
+        self._refuse_second_references()
         self.run: Callable[..., Any] = self.traced.graph
+        self.steps = 0
+
+    def _refuse_second_references(self) -> None:
+        """Refuse constants that are parameters or buffers: they would have no gradient."""
+        own = {slot.tensor.data_ptr(): slot for slot in self._slots if slot.tensor.numel()}
+        for constant in self.traced.constants:
+            dense = constant.layout == torch.strided and constant.numel()
+            slot = own.get(constant.data_ptr()) if dense else None
+            if slot is not None:
+                raise Untraceable(
+                    f"the model reads its parameter or buffer '{slot.places[0][1]}' by a second "
+                    "reference, which a trace cannot follow: read it where it is registered, as by "
+                    "self.parameters()"
+                )
 
     def fits(self) -> bool:
         """Whether parameters and buffers are of the kinds that were traced, at the same places."""
@@ -106,7 +125,7 @@ class Program:
             now = slot.now()
             if now is None or slot.kind != _kind(now):
                 return False
-            if len(slot.places) > 1 and any(held.get(key) is not now for held, key in slot.places):
+            if len(slot.places) > 1 and any(_at(held, key) is not now for held, key in slot.places):
                 return False
         return True
 
@@ -134,18 +153,22 @@ class Program:
         free, others = self._values(inputs)
         return [*(p.detach() for p in free), *others, *self.traced.constants]
 
-    def loss(self, inputs: StepInputs) -> torch.Tensor:
-        """Compute the loss; differentiable by the parameters of the module."""
+    def loss(self, inputs: StepInputs, run: Callable[..., Any] | None = None) -> torch.Tensor:
+        """Compute the loss, by another form of the graph if given.
+
+        It is differentiable once, by the parameters of the module.
+        """
         free, others = self._values(inputs)
         used = [p for p, is_used in zip(free, self.traced.used, strict=True) if is_used]
         values = [*(p.detach() for p in free), *others, *self.traced.constants]
         with self.without_autocast():
             self.begin_step()
-            loss = _Compiled.apply(self.run, values, *used)  # type: ignore[no-untyped-call]
+            loss = _Compiled.apply(run or self.run, values, *used)  # type: ignore[no-untyped-call]
         return loss  # type: ignore[no-any-return]
 
     def begin_step(self) -> None:
-        """Tell CUDA graphs, where there are some, that the last results may be overwritten."""
+        """Count a step, and tell CUDA graphs that the last one's results may be overwritten."""
+        self.steps += 1
         if self._device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
@@ -168,7 +191,12 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, None, *torch._foreach_mul(ctx.grads, grad)
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError(
+                "a compiled loss has first derivatives only, and create_graph=True asks for the "
+                "second: leave compile out"
+            )
+        return None, None, *multiplied(ctx.grads, grad)
 
 
 class _Slot(NamedTuple):
@@ -176,11 +204,17 @@ class _Slot(NamedTuple):
 
     tensor: torch.Tensor
     kind: Any
-    places: list[tuple[dict[str, Any], str]]
+    places: list[tuple[Any, Any]]
 
     def now(self) -> Any:
         holder, key = self.places[0]
         return holder.get(key)
+
+
+def _at(holder: Any, key: Any) -> Any:
+    if isinstance(holder, dict):
+        return holder.get(key)
+    return holder[key] if key < len(holder) else None
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -195,6 +229,13 @@ def _slots(module: nn.Module) -> list[_Slot]:
                 if tensor is not None:
                     slot = found.setdefault(id(tensor), _Slot(tensor, _kind(tensor), []))
                     slot.places.append((holder, key))
+    for part in module.modules():
+        # Lists of parameters, such as the flat weights of torch's recurrent layers.
+        for held in vars(part).values():
+            if type(held) is list and len(held) <= LONGEST:
+                for number, tensor in enumerate(held):
+                    if id(tensor) in found:
+                        found[id(tensor)].places.append((held, number))
     return list(found.values())
 
 
@@ -203,13 +244,26 @@ def _swapped(slots: Sequence[_Slot], tensors: Sequence[torch.Tensor]) -> Iterato
     """Hold other tensors in the places of a module's own.
 
     ``torch.func.functional_call`` would leave them in a module that is reached by two names.
+
+    Raises:
+        Untraceable: When something else is there in the end.
     """
+    starts = [tensor.data_ptr() for tensor in tensors]
     for slot, tensor in zip(slots, tensors, strict=True):
         for holder, key in slot.places:
             holder[key] = tensor
+    assigned = []
     try:
         yield
     finally:
-        for slot in slots:
+        for slot, tensor, start in zip(slots, tensors, starts, strict=True):
+            if tensor.data_ptr() != start or any(_at(h, k) is not tensor for h, k in slot.places):
+                assigned.append(str(slot.places[0][1]))
             for holder, key in slot.places:
-                holder[key] = slot.tensor
+                if isinstance(holder, dict) or key < len(holder):
+                    holder[key] = slot.tensor
+    if assigned:
+        raise Untraceable(
+            f"the model assigns its parameter or buffer '{assigned[0]}' as it runs: change it in "
+            f"place, as by self.{assigned[0]}.copy_(...)"
+        )

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, EnergyDistance
-from torch import nn
 
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.batches import batch_arguments, count_rows
 from pyro_lightning.elbo import Estimate, estimate_elbo, run_elbo
-from pyro_lightning.guards import Guard, names_read
+from pyro_lightning.guards import Guard, find_guards
 from pyro_lightning.guides import drop_weak_references_
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
 from pyro_lightning.masked_latents import KEPT, open_masks
 from pyro_lightning.masks import CarriedMasks
+from pyro_lightning.names import Names, defined_by_user, names_of_libraries, names_read
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.rows import data_of
@@ -117,34 +117,41 @@ class Runs(RowHooks, ModelOwner):
             handler = self._handler(batch_size)
             return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
 
+    # -- what a trace takes for constant ---------------------------------------------------------
+
     _names_of_library: frozenset[str] = frozenset()
 
-    def _read_names(self) -> frozenset[str] | None:
-        parts = [self.model, self.guide]
-        functions = [type(p).forward if isinstance(p, nn.Module) else p for p in parts]
-        return names_read(self, functions)
+    def _guards(self) -> list[Guard]:
+        """List the Python state that model, guide and ELBO read, with its values."""
+        names = names_read(self, [self.model, self.guide])
+        found = find_guards([self.model, self.guide, self.elbo], self._hides(names))
+        for holder in (self.__dict__, self._modules):
+            for key in {"elbo", "_model", "_guide", "model", "guide"}.intersection(holder):
+                found.append(Guard(key.lstrip("_"), holder.get, key, holder.get(key)))
+        # The Trainer's counts where model or guide reads them, as to anneal a term.
+        epoch = {"trainer", "_trainer", "current_epoch"}.intersection(names.read)
+        for name in ["current_epoch"] * bool(epoch) + ["global_step"] * names.has("global_step"):
+            found.append(Guard(name, partial(getattr, self), name, getattr(self, name)))
+        for name in sorted(names.looked_up.difference(self.__dict__, dir(type(self)))):
+            found.append(Guard(name, self.__dict__.get, name, None))
+        return found
 
-    def _counters(self) -> list[Guard]:
-        """Watch the Trainer's counts where model or guide reads them, as to anneal a term."""
-        names = self._read_names() or frozenset()
-        every = "trainer" in names or "_trainer" in names
-        counts = [name for name in ("current_epoch", "global_step") if every or name in names]
-        return [Guard(name, partial(getattr, self), name, getattr(self, name)) for name in counts]
-
-    def _hides(self) -> Callable[[Any, str], bool]:
+    def _hides(self, names: Names) -> Callable[[Any, str], bool]:
         """Tell which attributes of this module are no state of model and guide.
 
         Lightning and this library keep theirs here as well, and a user's hooks count steps.
         """
-        read = self._read_names()
+        library = self._names_of_library | names_of_libraries(type(self))  # type: ignore[arg-type]
 
         def hides(holder: Any, name: str) -> bool:
             if holder is not self:
                 return False
-            if name == "_ddp_params_and_buffers_to_ignore":
-                return True
             if name in ("training", "_hparams"):  # `hparams` is a property of Lightning's
                 return False
-            return name in self._names_of_library or (read is not None and name not in read)
+            if name in ("__dict__", "_ddp_params_and_buffers_to_ignore"):
+                return True
+            if name in library:
+                return not (names.has(name) and defined_by_user(self, name))
+            return not names.computed and not names.has(name)
 
         return hides

@@ -1,6 +1,6 @@
 """A loss and its gradients as one graph of tensor operations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,13 @@ from pyro_lightning._upstream import answer_to_check, make_graph, traced_node, u
 
 
 class Untraceable(Exception):
-    """Says why a loss has no graph."""
+    """Says why a loss has no graph.
+
+    Attributes:
+        kind: What users are told once of each kind of.
+    """
+
+    kind = "trace"
 
 
 class Traced(NamedTuple):
@@ -22,11 +28,13 @@ class Traced(NamedTuple):
             and the gradients of the parameters that have one.
         constants: Tensors that are no inputs, which the graph reads each time.
         used: Whether the loss depends on each of the parameters.
+        read: Tensors that are no inputs, of which Python has read values that now hold for good.
     """
 
     graph: GraphModule
     constants: list[torch.Tensor]
     used: list[bool]
+    read: list[torch.Tensor]
 
 
 def trace_loss(
@@ -49,10 +57,11 @@ def trace_loss(
             makes one whose size is a matter of values.
     """
     used: list[bool] = []
+    answers = _Answers()
 
     def both(*inputs: torch.Tensor) -> list[torch.Tensor]:
         free = [p.detach().requires_grad_() for p in inputs[: len(params)]]
-        with torch.enable_grad(), _Answers():
+        with torch.enable_grad(), answers:
             loss = loss_of(free, inputs[len(params) :])
         if not loss.requires_grad:
             raise Untraceable("the loss has no gradient")
@@ -60,10 +69,16 @@ def trace_loss(
         used.extend(grad is not None for grad in grads)
         return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
-    graph = make_graph(both, [*params, *others])
+    # Detached, so that a parameter that the loss has by itself is a constant, not an input.
+    graph = make_graph(both, [*(p.detach() for p in params), *others])
     _refuse_sizes_of_values(graph)
+    read = [*answers.read, *(_constant(graph, node) for node in answers.nodes)]
     constants = _lift_constants(graph)
-    return Traced(graph, constants, used)
+    return Traced(graph, constants, used, read)
+
+
+def _constant(graph: GraphModule, node: Node) -> torch.Tensor:
+    return getattr(graph, str(node.target))  # type: ignore[no-any-return]
 
 
 def _refuse_sizes_of_values(graph: GraphModule) -> None:
@@ -110,7 +125,21 @@ _VALUES = {
     torch.Tensor.__int__,
     torch.Tensor.__float__,
     torch.Tensor.__index__,
+    torch.Tensor.__contains__,
+    torch.Tensor.__repr__,
+    torch.Tensor.__format__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.apply_,
+    torch.Tensor.map_,
+    torch.equal,
+    torch.Tensor.equal,
+    torch.allclose,
+    torch.Tensor.allclose,
 }
+# What makes tensors of values; and the arguments of other functions whose values are read.
+_MAKERS = {"tensor", "as_tensor", "asarray", "new_tensor"}
+_READERS = {"tensor_split", "_pack_padded_sequence"}
 
 
 class _Answers(TorchFunctionMode):
@@ -118,7 +147,16 @@ class _Answers(TorchFunctionMode):
 
     The value of a constant is what it is. ``item()`` of anything else gives the tensor without
     gradient: Pyro's ELBOs add up such items.
+
+    Attributes:
+        read: Tensors from outside whose values were read.
+        nodes: Such tensors that the graph holds, which other values were computed from.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[torch.Tensor] = []
+        self.nodes: set[Node] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -127,10 +165,17 @@ class _Answers(TorchFunctionMode):
             return _one_hot(*args, **(kwargs or {}))
         if func is torch.Tensor.register_hook and answer_to_check() is False:
             return None  # a check of the gradient
+        name = getattr(func, "__name__", "")
+        if name in _MAKERS or name in _READERS:
+            held = args[:1] if name in ("tensor", "as_tensor", "asarray") else args[1:]
+            _refuse_values(name, held)
         if func not in _VALUES:
             return func(*args, **(kwargs or {}))
         tensor = args[0]
-        if not _depends_on_inputs(traced_node(tensor)):
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        if not any(_depends_on_inputs(traced_node(each)) for each in tensors):
+            for each in tensors:
+                self._keep(each)
             with untraced():
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.item:
@@ -143,6 +188,37 @@ class _Answers(TorchFunctionMode):
             "numbers: its value now would hold for all batches"
         )
 
+    def _keep(self, tensor: torch.Tensor) -> None:
+        node = traced_node(tensor)
+        if node is None:
+            self.read.append(tensor)
+        else:
+            # Numbers in the model's own code are copied as they become tensors.
+            copied = {torch.ops.aten.lift_fresh_copy.default}
+            self.nodes.update(
+                each
+                for each in _ancestors(node)
+                if each.op == "get_attr" and {user.target for user in each.users} != copied
+            )
+
+
+def _refuse_values(name: str, held: Any) -> None:
+    """Refuse what reads values of tensors where no operation shows it."""
+    pending = list(held)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (list, tuple)):
+            pending.extend(value)
+        elif isinstance(value, torch.Tensor) and _depends_on_inputs(traced_node(value)):
+            # A tensor of a tensor is that tensor, or a copy.
+            if name in ("as_tensor", "asarray") and value is held[0]:
+                continue
+            raise Untraceable(
+                f"{name}() reads values of a tensor that depends on parameters, batch or random "
+                "numbers: they would hold for all batches. torch.stack makes one of many tensors, "
+                "clone() a copy"
+            )
+
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     # torch's own looks at the largest and smallest value, to check them.
@@ -153,16 +229,18 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
 
 
 def _depends_on_inputs(node: Node | None) -> bool:
+    return any(each.op == "placeholder" or _draws(each) for each in _ancestors(node))
+
+
+def _ancestors(node: Node | None) -> Iterator[Node]:
+    """Yield what a node is computed from, and itself."""
     pending, seen = [node], set()
     while pending:
         at = pending.pop()
-        if at is None or at in seen:
-            continue
-        seen.add(at)
-        if at.op == "placeholder" or _draws(at):
-            return True
-        pending.extend(at.all_input_nodes)
-    return False
+        if at is not None and at not in seen:
+            seen.add(at)
+            yield at
+            pending.extend(at.all_input_nodes)
 
 
 def _draws(node: Node) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from pyro_lightning._upstream import has_step_hooks
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 
 State = dict[str, torch.Tensor]
@@ -22,7 +23,7 @@ def is_served(optimizer: Optimizer) -> bool:
     """Whether a step of an optimizer can be a part of a graph."""
     if type(optimizer) not in (RowAdam, RowAdamW, Adam, AdamW, SGD):
         return False
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_step_hooks(optimizer):
         return False  # they would not run
     return not any(group["differentiable"] for group in optimizer.param_groups)
 

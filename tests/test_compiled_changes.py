@@ -185,12 +185,14 @@ def test_a_batch_of_another_size_is_eager_at_first_and_compiled_once_it_is_frequ
     assert (svi._compiled.traces, svi._compiled.compilations) == (2, 2)
 
 
-def test_traces_are_bounded_and_what_comes_then_is_eager():
+def test_traces_are_bounded_and_what_comes_then_is_eager_with_one_warning():
     svi, eager = weighted(compile=AS_TRACED), weighted()
-    for rows in range(2, 2 + _MOST + 3):
-        alike = (regression_batch(seed, rows=rows) for seed in range(_PATIENCE + 3))
-        assert_equal_steps(svi, eager, alike, 1e-6, 1e-5)
+    with pytest.warns(UserWarning, match=f"{_MOST} traces have been made.*another shape") as caught:
+        for rows in range(2, 2 + _MOST + 3):
+            alike = (regression_batch(seed, rows=rows) for seed in range(_PATIENCE + 3))
+            assert_equal_steps(svi, eager, alike, 1e-6, 1e-5)
     assert svi._compiled.traces == svi._compiled.compilations == _MOST
+    assert len(caught) == 1
 
 
 def test_ever_new_sizes_are_eager_with_one_warning():

@@ -128,11 +128,11 @@ FALLBACKS = {
     "mask": (lambda: by_where, r"aten\.index\.Tensor makes a tensor whose size depends on"),
     "random": (lambda: by_random, "draws from Python's or NumPy's random numbers"),
     "numpy.random": (lambda: by_numpy_random, "draws from Python's or NumPy's random numbers"),
-    "count": (counting, "differs from eager .* keep state from call to call"),
+    "count": (counting, "the model changes 'the iterator counts' as it runs"),
     "list": (by_list_of_calls, r"the model changes 'len\(calls\)' as it runs"),
     "closure": (by_closure, r"the model changes '.*calls' as it runs"),
     "attribute": (Counter, r"the model changes 'scale\.calls' as it runs"),
-    "numpy.Generator": (by_generator, "differs from eager"),
+    "numpy.Generator": (by_generator, "the model changes 'random numbers of generator' as it runs"),
     "torch.Generator": (lambda: by_seed_of_torch, r"Tensor\.__float__\(\) of a tensor"),
 }
 

@@ -12,7 +12,8 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_lightning.guards import changed, find_guards, names_read
+from pyro_lightning.guards import changed, find_guards
+from pyro_lightning.names import names_read
 
 NUMBER = 1.0
 HOLDER = SimpleNamespace(number=1.0, inner=SimpleNamespace(deep=1.0))
@@ -220,9 +221,9 @@ class Owner:
 
 
 def test_names_read_follow_methods_and_properties():
-    names = names_read(Owner(), [Owner.run])
+    names = names_read(Owner(), [Owner.run]).read
     assert {"scaled", "inner", "factor", "helper", "depth"} <= names
 
 
 def test_names_that_are_computed_are_not_known():
-    assert names_read(Owner(), [lambda self, name: getattr(self, name)]) is None
+    assert names_read(Owner(), [lambda self, name: getattr(self, name)]).computed

@@ -1,0 +1,3 @@
+"""Settings that a model imports as it runs."""
+
+beta = 1.0
