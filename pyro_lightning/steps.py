@@ -13,14 +13,15 @@ from pyro_lightning._lightning import count_optimizer_steps, resumes_fit
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss
-from pyro_lightning.figures import Figures, StepResult
+from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
+from pyro_lightning.resume import Resume
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 from pyro_lightning.runs import Runs
 
 
-class ManySteps(Figures):
+class ManySteps(Resume):
     """Cuts a batch of the loader into mini-batches, and takes an optimizer step on each."""
 
     steps_per_batch: int
