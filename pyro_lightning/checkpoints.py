@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_lightning._lightning import restricted_classmethod, resumes_fit, stage_of
 from pyro_lightning.batches import map_tensors
-from pyro_lightning.checkpoint_io import use_weights_only
+from pyro_lightning.checkpoint_io import use_safe_files, verify_local_file
 from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
@@ -37,7 +37,7 @@ class Checkpoints(StateDicts):
 
     def setup(self, stage: str) -> None:
         """Set up; refuse hyperparameters that no checkpoint could hold before they cost a fit."""
-        use_weights_only(self.trainer)
+        use_safe_files(self.trainer)
         if stage == "fit":
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             saved = {self.CHECKPOINT_HYPER_PARAMS_KEY: dict(self.hparams)}
@@ -160,6 +160,7 @@ class Checkpoints(StateDicts):
             >>> svi.posterior_samples(5)["mu"].shape, svi.dataset_size
             (torch.Size([5]), 9)
         """
+        verify_local_file(checkpoint_path)
         safe = weights_only is None or weights_only
         loaded: Self = super().load_from_checkpoint(
             checkpoint_path, map_location, hparams_file, strict, safe, **kwargs

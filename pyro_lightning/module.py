@@ -18,6 +18,7 @@ from pyro_lightning.handlers import observed
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.ranks import with_own_noise
+from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
@@ -110,6 +111,7 @@ class PyroSVIModule(Checkpoints):
     ) -> None:
         before = set(vars(self))
         super().__init__()
+        self._fit = FitState()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None

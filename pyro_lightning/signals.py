@@ -1,0 +1,64 @@
+"""Signals that wait until a step is over."""
+
+import signal
+import threading
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+
+class HeldSignals:
+    """Keeps signals that arrive, and hands them to their handlers when asked to.
+
+    A signal comes at any moment, in the middle of an update of parameters, say; what its handler
+    does, to stop or to save, is right only between two steps. A second Ctrl-C is handed over at
+    once.
+
+    Example:
+        >>> before = signal.signal(signal.SIGUSR1, lambda *_: print("saved"))
+        >>> held = HeldSignals()
+        >>> held.hold([signal.SIGUSR1])
+        >>> signal.raise_signal(signal.SIGUSR1)
+        >>> for number in held.arrived:
+        ...     held.hand_over(number)
+        saved
+        >>> held.release()
+        >>> _ = signal.signal(signal.SIGUSR1, before)
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._arrived: list[int] = []
+
+    def hold(self, signals: Iterable[int]) -> None:
+        """Take the place of the handlers of signals; in the main thread, which alone has any."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signals:
+            self._handlers[number] = signal.signal(number, self._keep)
+
+    @property
+    def arrived(self) -> list[int]:
+        """The signals that arrived and were not handed over."""
+        return list(self._arrived)
+
+    def hand_over(self, number: int) -> None:
+        """Run the handler that a signal would have had, whether or not it arrived here."""
+        if number in self._arrived:
+            self._arrived.remove(number)
+        handler = self._handlers.get(number)
+        if callable(handler):
+            handler(number, None)
+
+    def release(self) -> None:
+        """Put the handlers back where no others have been put since."""
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._keep:
+                signal.signal(number, handler)
+        self._handlers, self._arrived = {}, []
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if number not in self._arrived:
+            self._arrived.append(signal.Signals(number))
+        elif number == signal.SIGINT:
+            self.hand_over(number)

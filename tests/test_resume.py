@@ -1,0 +1,299 @@
+"""A fit that goes on from a checkpoint is the one that was not interrupted, bit for bit."""
+
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+)
+from pyro.infer import TraceGraph_ELBO
+from resume_support import (
+    ADAM,
+    arrays,
+    assert_goes_on,
+    global_model,
+    make,
+    rows,
+)
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from pyro_lightning import PyroSVIModule
+
+HOOKS = (
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+)
+PLATEAU = partial(ReduceLROnPlateau, patience=0, factor=0.5, threshold=0.05)
+
+
+def watching(name):
+    return lambda optimizer: {"scheduler": PLATEAU(optimizer), "monitor": name}
+
+
+# -- every hook ----------------------------------------------------------------------------------
+
+
+# An epoch has 6 batches: each list has places in it, the last batch, and the second epoch's first.
+@pytest.mark.parametrize(
+    ("options", "flags", "at"),
+    [
+        pytest.param({}, {}, [0, 1, 2, 6, 12, 13, 14, 15, 16, -1], id="one epoch after another"),
+        pytest.param(
+            {"val": 6},
+            {"val_check_interval": 2},
+            [4, 5, 6, 7, 8, 9, 12, 20, 21, 24, 25, 26, -1],
+            id="validations in the middle of an epoch",
+        ),
+        pytest.param(
+            {"val": 6},
+            {"max_steps": 15, "max_epochs": -1},
+            [3, 12, 13, 16, 17, 18, 20],
+            id="a number of steps",
+        ),
+        pytest.param(
+            {"val": 6},
+            {"accumulate_grad_batches": 4, "val_check_interval": 3},
+            [3, 4, 8, 9, 10, 16, 20],
+            id="gradients of several batches",
+        ),
+        pytest.param({"val": 6}, {"limit_train_batches": 4}, [7, 8, 13], id="a part of an epoch"),
+    ],
+)
+def test_a_fit_goes_on_from_every_hook(tmp_path, options, flags, at):
+    assert_goes_on(tmp_path, make(), rows(**options), HOOKS, at, **flags)
+
+
+@pytest.mark.parametrize("figure", ["train_loss", "val_loss"])
+def test_a_scheduler_that_watches_a_figure_goes_on(tmp_path, figure):
+    made = make(lr_scheduler=watching(figure))
+    hooks = "on_train_batch_end", "on_validation_end", "on_train_epoch_end"
+    whole = assert_goes_on(tmp_path, made, rows(val=6), hooks, [3, 5, 6, 7, 15], max_epochs=4)
+    assert whole.optimizer["param_groups"][0]["lr"] < 0.05  # there was something to go on with
+
+
+def test_a_scheduler_of_steps_goes_on(tmp_path):
+    def decay(optimizer):
+        scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+        return {"scheduler": scheduler, "interval": "step"}
+
+    assert_goes_on(tmp_path, make(lr_scheduler=decay), rows(), at=[2, 5, 8], max_epochs=2)
+
+
+@pytest.mark.parametrize("shuffle", [False, "blocks"])
+def test_other_orders_go_on(tmp_path, shuffle):
+    assert_goes_on(tmp_path, make(), rows(shuffle=shuffle), at=[3, 8], max_epochs=2)
+
+
+def test_steps_of_one_batch_go_on(tmp_path):
+    made, data = make(steps_per_batch=2), rows(val=6)
+    assert_goes_on(tmp_path, made, data, HOOKS, [1, 2, 3, 4, 14, 18], val_check_interval=1)
+
+
+def test_an_accumulation_that_changes_goes_on(tmp_path):
+    scheduling = partial(GradientAccumulationScheduler, {0: 1, 1: 4})
+    assert_goes_on(tmp_path, make(), rows(), at=[2, 7, 9], callbacks=[scheduling], max_epochs=2)
+
+
+# -- state of the model --------------------------------------------------------------------------
+
+
+def coin(x):
+    """A latent without a reparameterised gradient, for which an ELBO keeps running averages."""
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+
+def coin_guide(x):
+    a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+    infer = {"baseline": {"use_decaying_avg_baseline": True}}
+    pyro.sample("p", dist.Beta(a, a).has_rsample_(False), infer=infer)
+
+
+def test_the_baselines_of_an_elbo_go_on(tmp_path):
+    data = lambda: {"train_dataloaders": DataLoader((arrays()[1] > 0).float(), batch_size=4)}  # noqa: E731
+    made = make(coin, guide=coin_guide, elbo=TraceGraph_ELBO())
+    whole = assert_goes_on(tmp_path, made, data, at=[3, 7], max_epochs=2)
+    assert whole.svi._baselines.averages
+
+
+class Network(PyroSVIModule):
+    """A network with noise of its own, and running statistics; a global."""
+
+    def __init__(self):
+        super().__init__(optimizer=ADAM)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(2, 5),
+            torch.nn.BatchNorm1d(5),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(5, 1),
+        )
+
+    def model(self, x, y):
+        bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(self.net(x).squeeze(-1) + bias, 1.0), obs=y)
+
+
+def test_dropout_and_running_statistics_go_on(tmp_path):
+    assert_goes_on(tmp_path, Network, rows(val=6), at=[2, 5, 7], max_epochs=2)
+
+
+def test_noise_of_python_and_numpy_goes_on(tmp_path):
+    def noisy(x, y):
+        shift = np.random.normal() * 0.1
+        global_model(x + shift, y)
+
+    assert_goes_on(tmp_path, make(noisy, checks=False), rows(), at=[2, 7], max_epochs=2)
+
+
+# -- loaders -------------------------------------------------------------------------------------
+
+
+class Shifted(Dataset):
+    """Draws noise for each item that it is asked for, and tells which were."""
+
+    def __init__(self):
+        self.x, self.y = arrays()
+        self.read = []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.x[index] + 0.1 * torch.randn(2), self.y[index]
+
+
+class Stream(IterableDataset):
+    """Rows in an order of their own."""
+
+    def __iter__(self):
+        return iter(list(zip(*arrays(), strict=True)))
+
+
+class LazyLoader(DataLoader):
+    """Begins when its first batch is asked for."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+
+
+class Batches:
+    """Batches in one order."""
+
+    def __iter__(self):
+        return iter(loader())
+
+
+class Countdown:
+    """A loader with a state of its own."""
+
+    def __init__(self):
+        self.batches, self.at = list(DataLoader(TensorDataset(*arrays()), batch_size=4)), 0
+
+    def __iter__(self):
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[-self.at]
+        self.at = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def loader(kind=DataLoader, dataset=None, **options):
+    dataset = TensorDataset(*arrays()) if dataset is None else dataset
+    return kind(dataset, **{"batch_size": 4, **options})
+
+
+def own(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+def batches_of_five():
+    dataset = TensorDataset(*arrays())
+    return DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 5, True))
+
+
+def permuted_by_numpy():
+    class Permuted(RandomSampler):
+        def __iter__(self):
+            return iter(np.random.permutation(22).tolist())
+
+    return loader(sampler=Permuted(range(22)))
+
+
+LOADERS = {
+    "in order": loader,
+    "shuffled": lambda: loader(shuffle=True),
+    "a generator of the loader's own": lambda: loader(shuffle=True, generator=own()),
+    "a generator of the sampler's own": lambda: loader(
+        sampler=RandomSampler(range(22), replacement=True, generator=own())
+    ),
+    "weighted": lambda: loader(sampler=WeightedRandomSampler(torch.arange(22.0), 22)),
+    "a part": lambda: loader(sampler=SubsetRandomSampler(range(3, 20))),
+    "a batch sampler": batches_of_five,
+    "a sampler of NumPy's noise": permuted_by_numpy,
+    "noise in the data set": lambda: loader(dataset=Shifted(), shuffle=True),
+    "a loader that begins late": lambda: loader(LazyLoader, shuffle=True),
+    "batches without a loader": Batches,
+    "a stream": lambda: loader(dataset=Stream()),
+    "a loader with a state": Countdown,
+    "two loaders": lambda: [loader(shuffle=True), loader(shuffle=True)],
+}
+
+
+class Joined(PyroSVIModule):
+    def model_inputs(self, batch):
+        if isinstance(batch[0], list | tuple):
+            batch = [torch.cat(pair) for pair in zip(*batch, strict=True)]
+        return tuple(batch), {}
+
+    def num_rows(self, batch):
+        return len(self.model_inputs(batch)[0][0])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_rows_of_an_epoch_go_on(tmp_path, name):
+    made = partial(Joined, global_model, optimizer=ADAM, dataset_size=22)
+    data = lambda: {"train_dataloaders": LOADERS[name]()}  # noqa: E731
+    hooks = "on_train_batch_end", "on_train_epoch_end"
+    assert_goes_on(tmp_path, made, data, hooks, [0, 2, -5], max_epochs=2)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_the_rows_of_workers_go_on(tmp_path, persistent):
+    data = lambda: {  # noqa: E731
+        "train_dataloaders": loader(shuffle=True, num_workers=1, persistent_workers=persistent)
+    }
+    assert_goes_on(tmp_path, make(global_model), data, at=[1, 8], max_epochs=2)
+
+
+def test_rows_of_arrays_in_workers_go_on(tmp_path):
+    assert_goes_on(tmp_path, make(), rows(num_workers=1), at=[1, 8], max_epochs=2)
