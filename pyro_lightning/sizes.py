@@ -161,8 +161,8 @@ def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:
 
     .. math:: w_b = B_b M / \sum_{b'=1}^{M} B_{b'}
 
-    The mean over an epoch's M steps of :math:`w_b` times the loss at scale :math:`N / B_b` is
-    then the loss of the full data; equal batches get exactly 1.
+    The M batches are those of all ranks. The mean over an epoch of :math:`w_b` times the loss at
+    scale :math:`N / B_b` is then the loss of the full data; equal batches get exactly 1.
 
     Example:
         >>> batch_weight(100, 50.5) * 101 / 100, batch_weight(1, 50.5) * 101 / 1
