@@ -36,7 +36,11 @@ def test_traces_equal_eager_in_double_precision(double_precision, case):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["AutoNormal", "VAE, dropout", "enumeration", "rows", "Gamma, Beta, Dirichlet", "rows, points"],
+    [
+        *("AutoNormal", "VAE, dropout", "enumeration", "rows", "rows, points"),
+        *("Gamma, Beta, Dirichlet", "AutoIAFNormal", "vectorised particles", "rows, by hand"),
+        *("graph, score function", "score function, particles", "latent weights"),
+    ],
 )
 def test_inductor_equals_eager(name):
     case = CASES[name]

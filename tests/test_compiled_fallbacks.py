@@ -12,6 +12,7 @@ import torch
 from compiled_models import B, N, values_batch
 from compiled_support import AS_TRACED, is_compiled, loss_and_gradients
 from support import quiet_trainer
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from pyro_lightning import ArrayDataModule, PyroSVIModule
 
@@ -116,6 +117,37 @@ def by_seed_of_torch(x):
     return torch.rand((), generator=generator)
 
 
+def by_tensor_of_tensors(x):
+    return torch.tensor([x[0], x[1]]).square().sum()
+
+
+def by_repr(x):
+    return len(repr(x)) / 100
+
+
+def by_split(x):
+    return len(torch.tensor_split(x, (x > 0).sum().reshape(1))[0]) / 10
+
+
+def by_packing(x):
+    lengths = (x[:1] > 0).long() + 1
+    return pack_padded_sequence(x[:2, None], lengths).data.sum().square()
+
+
+def by_dlpack(x):
+    return float(np.from_dlpack(x).max()) ** 2
+
+
+def by_own_random():
+    generator = random.Random(0)
+    return lambda x: generator.random()
+
+
+def by_generator_function():
+    numbers = (number / 10 for number in range(1000))
+    return lambda x: next(numbers)
+
+
 HERE = r"test_compiled_fallbacks\.py:\d+"
 FALLBACKS = {
     "tolist": (lambda: by_list, rf"Tensor\.tolist\(\) of a tensor that depends on .*{HERE}"),
@@ -128,6 +160,13 @@ FALLBACKS = {
     "mask": (lambda: by_where, r"aten\.index\.Tensor makes a tensor whose size depends on"),
     "random": (lambda: by_random, "draws from Python's or NumPy's random numbers"),
     "numpy.random": (lambda: by_numpy_random, "draws from Python's or NumPy's random numbers"),
+    "tensor of tensors": (lambda: by_tensor_of_tensors, r"tensor\(\) reads values of a tensor"),
+    "repr": (lambda: by_repr, r"Tensor\.__repr__\(\) of a tensor"),
+    "split": (lambda: by_split, r"tensor_split\(\) reads values of a tensor"),
+    "packed": (lambda: by_packing, r"_pack_padded_sequence\(\) reads values of a tensor"),
+    "dlpack": (lambda: by_dlpack, r"Tensor\.__dlpack__\(\) of a tensor"),
+    "random.Random": (by_own_random, "the model changes 'random numbers of generator'"),
+    "generator": (by_generator_function, "the model changes 'the iterator numbers' as it runs"),
     "count": (counting, "the model changes 'the iterator counts' as it runs"),
     "list": (by_list_of_calls, r"the model changes 'len\(calls\)' as it runs"),
     "closure": (by_closure, r"the model changes '.*calls' as it runs"),
@@ -169,7 +208,19 @@ def test_strict_refuses_what_falls_back(name):
 
 
 # The others keep a state of their own, in which the runs of tracing and comparing leave a trace.
-STATELESS = ["tolist", "numpy", "asarray", "float", "if", "index", "mask", "random", "numpy.random"]
+STATELESS = [
+    "repr",
+    "split",
+    "tolist",
+    "numpy",
+    "asarray",
+    "float",
+    "if",
+    "index",
+    "mask",
+    "random",
+    "numpy.random",
+]
 
 
 @pytest.mark.parametrize("name", STATELESS)

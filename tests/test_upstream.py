@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.util import warn_if_nan
@@ -18,10 +19,16 @@ from torch.overrides import TorchFunctionMode
 from pyro_lightning._upstream import (
     answer_to_check,
     compile_graph,
+    copy_all,
+    handlers_around,
     has_gradient_hooks,
+    has_step_hooks,
+    hook_tables,
     make_graph,
+    multiplied,
     traced_node,
     untraced,
+    without_onednn,
 )
 
 
@@ -115,6 +122,52 @@ def test_a_node_is_known_for_what_depends_on_inputs_and_for_nothing_else():
 
 def test_there_is_no_node_outside_of_a_trace():
     assert traced_node(torch.ones(2)) is None
+
+
+def test_handlers_that_stand_around_code_are_seen():
+    assert not handlers_around()
+    with poutine.scale(scale=2.0):
+        assert handlers_around()
+    assert not handlers_around()
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda net: net.register_forward_hook(print),
+        lambda net: net.register_forward_pre_hook(print),
+        lambda net: net.register_full_backward_hook(print),
+        lambda net: net.register_full_backward_pre_hook(print),
+    ],
+)
+def test_hooks_stand_in_the_tables(register):
+    net = torch.nn.Linear(1, 1)
+    assert sum(map(len, hook_tables(net))) == 0
+    register(net)
+    assert sum(map(len, hook_tables(net))) == 1
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_hooks_of_an_optimizers_steps_are_seen(when):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert not has_step_hooks(optimizer)
+    getattr(optimizer, f"register_step_{when}_hook")(lambda *args: None)
+    assert has_step_hooks(optimizer)
+
+
+def test_tensors_are_multiplied_and_copied_in_one_call():
+    tensors = [torch.ones(2), torch.full((3,), 2.0)]
+    found = multiplied(tensors, torch.tensor(3.0))
+    assert [each.tolist() for each in found] == [[3.0] * 2, [6.0] * 3]
+    copy_all(tensors, found)
+    assert [each.tolist() for each in tensors] == [[3.0] * 2, [6.0] * 3]
+
+
+def test_onednn_is_off_and_on_again():
+    before = torch.backends.mkldnn.enabled
+    with without_onednn():
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled == before
 
 
 def test_operations_can_be_left_out_of_a_graph():
