@@ -1,4 +1,4 @@
-"""The private names of Pyro and torch that compilation leans on, each with a test of its own."""
+"""The private names of Pyro and torch that are leant on, each with a test of its own."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -87,3 +87,12 @@ def compile_graph(
     # Random numbers in eager's order, so that a seed gives the same noise.
     chosen = {name: value for name, value in fallback.items() if name in known}
     return _inductor.compile(graph, list(inputs), options=chosen)  # type: ignore[no-any-return]
+
+
+def open_records(path: str) -> None:
+    """Open a file of ``torch.save`` as ``torch.load`` does, which reads its table alone.
+
+    Raises:
+        RuntimeError: When torch finds the table damaged; it is stricter than Python's zipfile.
+    """
+    torch._C.PyTorchFileReader(path)

@@ -19,6 +19,7 @@ from pyro_lightning._upstream import (
     answer_to_check,
     compile_graph,
     make_graph,
+    open_records,
     traced_node,
     untraced,
 )
@@ -191,3 +192,12 @@ assert torch.distributions.Distribution._validate_args
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
+    path = tmp_path / "saved.pt"
+    torch.save({"x": torch.zeros(3)}, path)
+    open_records(str(path))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        open_records(str(path))
