@@ -1,5 +1,6 @@
 """Train Pyro models on mini-batches with PyTorch Lightning, and get the full-data posterior."""
 
+from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
@@ -11,6 +12,7 @@ from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 
 __all__ = [
     "ArrayDataModule",
+    "AtomicCheckpointIO",
     "DataPlateMessenger",
     "IndexedBatch",
     "IndexedDataset",

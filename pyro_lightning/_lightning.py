@@ -287,6 +287,18 @@ def go_on(trainer: Trainer, validated: bool, batch_over: bool) -> None:
         loop._batches_that_stepped -= not loop._should_accumulate()
 
 
+def stop_after_epoch(trainer: Trainer) -> bool:
+    """End an epoch that goes on without another batch, if the fit may stop; tells whether it may.
+
+    A Trainer that is told to stop before an epoch goes on leaves out the hooks of its end.
+    """
+    if not trainer.fit_loop._can_stop_early:
+        return False
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    fetcher.done, fetcher.batches = True, []
+    return True
+
+
 def begin_epoch(trainer: Trainer) -> None:
     """Have the loops begin with an epoch; under ``max_steps`` Lightning always goes on with one."""
     fit = trainer.fit_loop

@@ -7,9 +7,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from pyro_lightning._upstream import open_records
+
 # How files of torch.save before release 1.6 begin; they have no checksums.
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
+_FOLDER = 0x10
 _REMEDY = (
     "Nothing was loaded. Resume from another checkpoint, such as the one before; "
     "`ModelCheckpoint(save_top_k=-1)` keeps all of them"
@@ -51,7 +54,7 @@ def write_atomically(data: Any, path: str | os.PathLike[str]) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
-        there = path.exists()
+        there = os.path.exists(path)
         kept = "The file that was there before is unchanged" if there else "Nothing was written"
         raise RuntimeError(
             f"the checkpoint '{path}' could not be written: {error.strerror or error}. {kept}, and "
@@ -125,6 +128,12 @@ def verify_checkpoint_file(path: str | os.PathLike[str]) -> None:
             # Saved without checksums, or else this is the sum of nothing.
             summed = any(each.CRC for each in found if each.file_size)
             damaged = records.testzip() if summed else None
+        # A record that is marked as a folder is one without bytes to torch, and not to zipfile.
+        folders = [each.filename for each in found if each.external_attr & _FOLDER]
+        damaged = damaged or next((name for name in folders if not name.endswith("/")), None)
+        saved = any(each.filename.endswith("/data.pkl") for each in found)
+        if saved and damaged is None:
+            open_records(str(path))
     except zipfile.BadZipFile as error:
         cut = "is not a zip file" in str(error)  # its table stands at the end
         what = "cut short: its end is missing" if cut else f"damaged: {error}"
@@ -136,8 +145,8 @@ def verify_checkpoint_file(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"the checkpoint '{path}' is damaged: {error}. {_REMEDY}.") from error
     if damaged is not None:
         raise ValueError(
-            f"the checkpoint '{path}' is damaged: the checksum of its record '{damaged}' differs. "
+            f"the checkpoint '{path}' is damaged: its record '{damaged}' is not what was saved. "
             f"{_REMEDY}."
         )
-    if not any(each.filename.endswith("/data.pkl") for each in found):
+    if not saved:
         raise ValueError(f"'{path}' is no checkpoint: it is a zip file of something else.")

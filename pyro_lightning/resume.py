@@ -39,6 +39,7 @@ class FitState:
         before_validation: Random states before the validation that runs.
         validated: Whether the last validation has come to its end.
         updates: Whether the step that is being taken has begun to change what it cannot undo.
+        stops: Whether the fit stops after this epoch, as the one that was saved was about to.
         signals: Signals that wait for the end of a step.
     """
 
@@ -51,6 +52,7 @@ class FitState:
         self.before_validation: dict[str, Any] | None = None
         self.validated = False
         self.updates = False
+        self.stops = False
         self.signals = HeldSignals()
 
     def __reduce__(self) -> Any:
@@ -226,6 +228,8 @@ class Resume(Figures):
                 validated=not (in_validation or progress.in_batch_end),
                 batch_over=loaded is not None and loaded["batch_over"],
             )
+        if loaded is not None and loaded["should_stop"]:
+            self._stop(in_epoch=progress.batches is not None)
         # Before the first batch of an epoch its rows are still to be drawn.
         if rank and progress.batches != 0:
             self._put_back(rank["now"])
@@ -242,12 +246,6 @@ class Resume(Figures):
                 "that it had, or from a checkpoint of an epoch's end."
             )
         trainer.callback_metrics.update(loaded["metrics"])
-        if loaded["should_stop"]:
-            rank_zero_info(
-                "The checkpoint is of a fit that was about to stop, and stops here, too. To train "
-                "on, say for how long: Trainer(min_epochs=...)."
-            )
-            trainer.should_stop = True
         if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.accumulate_grad_batches = loaded["accumulate_grad_batches"]
         if trainer.global_rank >= len(loaded["ranks"]):
@@ -282,6 +280,15 @@ class Resume(Figures):
             if batches and not rest.skip():  # a loader whose __iter__ is a generator
                 _lightning.take_first(trainer, number)
 
+    def _stop(self, in_epoch: bool) -> None:
+        """Stop as the fit that was saved was about to, by a callback's decision."""
+        rank_zero_info(
+            "The checkpoint is of a fit that was about to stop, and stops here, too. To train on, "
+            "say for how long: Trainer(min_epochs=...)."
+        )
+        self._fit.stops = in_epoch and _lightning.stop_after_epoch(self.trainer)
+        self.trainer.should_stop = not self._fit.stops
+
     def _give_back_loaders(self) -> None:
         if self._fit.replaced is not None:
             _lightning.put_loaders(self.trainer, self._fit.replaced)
@@ -306,7 +313,7 @@ class Resume(Figures):
         self._fit.epoch_began = self._snapshot()
         # Lightning has drawn those of the first epoch already, when nobody was asked.
         loaders = _lightning.training_loaders(self.trainer)
-        if all(map(_can_begin_again, loaders)) and not _lightning.makes_iterator(self.trainer):
+        if all(map(draws_rows, loaders)) and not _lightning.makes_iterator(self.trainer):
             _lightning.iterate(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
@@ -367,6 +374,7 @@ class Resume(Figures):
         """Log the epoch; one that goes on ends as any other."""
         super().on_train_epoch_end()
         _lightning.end_restart(self.trainer)
+        self.trainer.should_stop |= self._fit.stops
 
     def on_train_end(self) -> None:
         """Have signals come when they come."""
@@ -402,11 +410,6 @@ class Resume(Figures):
 
 def _is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
-def _can_begin_again(loader: Any) -> bool:
-    """Whether iterating over a loader anew neither loses data nor reads them twice."""
-    return draws_rows(loader) and not _is_stateful(loader)
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Signals that wait until a step is over."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -29,11 +30,13 @@ class HeldSignals:
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._arrived: list[int] = []
+        self._process = 0
 
     def hold(self, signals: Iterable[int]) -> None:
         """Take the place of the handlers of signals; in the main thread, which alone has any."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self._process = os.getpid()
         for number in signals:
             self._handlers[number] = signal.signal(number, self._keep)
 
@@ -58,7 +61,11 @@ class HeldSignals:
         self._handlers, self._arrived = {}, []
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        if number not in self._arrived:
+        if os.getpid() != self._process:  # a worker of a loader, forked from this process
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+        elif number not in self._arrived:
             self._arrived.append(signal.Signals(number))
         elif number == signal.SIGINT:
             self.hand_over(number)

@@ -17,6 +17,7 @@ from resume_support import (
     assert_goes_on,
     global_model,
     make,
+    model,
     rows,
 )
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -111,6 +112,25 @@ def test_steps_of_one_batch_go_on(tmp_path):
 def test_an_accumulation_that_changes_goes_on(tmp_path):
     scheduling = partial(GradientAccumulationScheduler, {0: 1, 1: 4})
     assert_goes_on(tmp_path, make(), rows(), at=[2, 7, 9], callbacks=[scheduling], max_epochs=2)
+
+
+def test_a_fit_that_is_about_to_stop_stops(tmp_path):
+    stopping = partial(EarlyStopping, "val_loss", patience=1, min_delta=20.0)
+    hooks = "on_train_batch_end", "on_validation_end", "on_train_epoch_end"
+    options = {"callbacks": [stopping], "max_epochs": 9}
+    whole = assert_goes_on(tmp_path, make(), rows(val=6), hooks, [-10, -3, -2, -1], **options)
+    assert 1 < whole.trainer.current_epoch < 9
+
+
+def test_a_fit_that_stopped_goes_on_for_as_long_as_it_is_told_to(tmp_path):
+    stopping = partial(EarlyStopping, "val_loss", patience=1, min_delta=1e6)
+    first = Fit(make(), rows(val=6), callbacks=[stopping], max_epochs=9)
+    assert first.trainer.current_epoch == 2
+    first.trainer.save_checkpoint(path := tmp_path / "stopped.ckpt")
+    again = Fit(make(), rows(val=6), [stopping], path, max_epochs=9)
+    assert again.trainer.current_epoch == 2
+    again = Fit(make(), rows(val=6), [stopping], path, max_epochs=9, min_epochs=4)
+    assert again.trainer.current_epoch == 4
 
 
 # -- state of the model --------------------------------------------------------------------------
@@ -297,3 +317,119 @@ def test_the_rows_of_workers_go_on(tmp_path, persistent):
 
 def test_rows_of_arrays_in_workers_go_on(tmp_path):
     assert_goes_on(tmp_path, make(), rows(num_workers=1), at=[1, 8], max_epochs=2)
+
+
+# -- what a checkpoint holds, and what it is refused for -----------------------------------------
+
+
+class Annealing(Callback):
+    """Has a state, and draws no random numbers."""
+
+    weight = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weight += 0.01
+        pl_module.weight = self.weight
+
+    def state_dict(self):
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.weight = state["weight"]
+
+
+class Annealed(PyroSVIModule):
+    weight = 1.0
+
+    def model(self, x, y):
+        with pyro.poutine.scale(scale=self.weight):
+            w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def test_the_state_of_callbacks_goes_on(tmp_path):
+    made = partial(Annealed, optimizer=ADAM, checks=False)
+    options = {"callbacks": [Annealing], "max_epochs": 2}
+    assert_goes_on(tmp_path, made, rows(), at=[2, 5, 9], **options)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint in the middle of an epoch."""
+    fit = Fit(make(), rows(), saver=lambda events: Saver(tmp_path, events, ["on_train_batch_end"]))
+    return fit.saver.saved[7][0]
+
+
+def test_a_checkpoint_is_read_without_running_code(saved):
+    kept = torch.load(saved, weights_only=True)["pyro_lightning_resume"]
+    assert len(kept["ranks"]) == 1
+
+
+def test_weights_alone_have_no_random_states(tmp_path):
+    fit = Fit(make(), rows(), max_epochs=1)
+    fit.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert "pyro_lightning_resume" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
+
+
+def changed(path, change):
+    """Change what is kept in a checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+def of_two_processes(checkpoint):
+    checkpoint["pyro_lightning_resume"]["ranks"] *= 2
+
+
+def test_another_number_of_processes_is_refused_in_the_middle_of_an_epoch(saved):
+    message = "saved by 2 processes in the middle of an epoch, after 2 batches.*there are 1 now"
+    with pytest.raises(ValueError, match=message):
+        Fit(make(), rows(), ckpt_path=changed(saved, of_two_processes))
+
+
+def test_another_number_of_processes_is_warned_of_after_an_epoch(tmp_path):
+    fit = Fit(make(), rows(), max_epochs=1)
+    fit.trainer.save_checkpoint(path := tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match="saved by 2 processes, and there are 1 now"):
+        Fit(make(), rows(), ckpt_path=changed(path, of_two_processes), max_epochs=2)
+
+
+def test_another_loader_is_refused_in_the_middle_of_an_epoch(saved):
+    with pytest.raises(ValueError, match="after 2 of 6 batches of an epoch, and the loader has 11"):
+        Fit(make(), rows(batch_size=2), ckpt_path=saved)
+
+
+def test_a_checkpoint_without_random_states_is_warned_of(saved):
+    path = changed(saved, lambda checkpoint: checkpoint.pop("pyro_lightning_resume"))
+    with pytest.warns(UserWarning, match="has no random states"):
+        again = Fit(make(), rows(), ckpt_path=path)
+    assert again.trainer.global_step == 18  # the batches that were done are left out
+
+
+def test_a_loader_that_begins_again_in_an_epoch_is_warned_of(tmp_path):
+    made = partial(Joined, global_model, optimizer=ADAM, dataset_size=22)
+    short = TensorDataset(*arrays(6))
+    data = lambda: {"train_dataloaders": [loader(shuffle=True), loader(dataset=short)]}  # noqa: E731
+    hooks = ["on_train_batch_end"]
+    fit = Fit(made, data, saver=lambda events: Saver(tmp_path, events, hooks), max_epochs=1)
+    with pytest.warns(UserWarning, match="shorter than the epoch has begun again"):
+        again = Fit(made, data, ckpt_path=fit.saver.saved[3][0], max_epochs=1)
+    assert again.trainer.global_step == 6
+
+
+# What we skip is said to Lightning in the hook that is left out.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_hook_that_does_not_call_ours_is_refused(saved):
+    class Forgets(PyroSVIModule):
+        def on_train_start(self):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"Forgets.on_train_start: have yours call super\(\)"):
+        Fit(make_of(Forgets), rows(), ckpt_path=saved)
+
+
+def make_of(kind):
+    return partial(kind, model, optimizer=ADAM)

@@ -26,6 +26,7 @@ from pyro_lightning._upstream import (
     hook_tables,
     make_graph,
     multiplied,
+    open_records,
     traced_node,
     untraced,
     without_onednn,
@@ -255,3 +256,12 @@ def test_hooks_of_a_parameter_are_seen_until_they_are_removed(register):
     assert has_gradient_hooks(parameter)
     handle.remove()
     assert not has_gradient_hooks(parameter)
+
+
+def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
+    path = tmp_path / "saved.pt"
+    torch.save({"x": torch.zeros(3)}, path)
+    open_records(str(path))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        open_records(str(path))
