@@ -1,9 +1,6 @@
 """Compiled losses of a module: one for each batch shape, compared with eager before its use."""
 
-import os
-import sysconfig
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +11,7 @@ from torch.optim import Optimizer
 
 from pyro_lightning._upstream import compile_graph, handlers_around
 from pyro_lightning.audits import Schedule
+from pyro_lightning.causes import Exhausted, Unseen, failing
 from pyro_lightning.compared import (
     compare,
     largest_gradient,
@@ -26,7 +24,7 @@ from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
 from pyro_lightning.program import Program, StepInputs, step_inputs
 from pyro_lightning.rank_zero import warn
-from pyro_lightning.states import drawing, drawing_in_python, preserved_state
+from pyro_lightning.states import drawing, drawing_in_python, preserved_generators, preserved_state
 from pyro_lightning.tracing import Untraceable
 from pyro_lightning.updates import is_served
 
@@ -169,7 +167,7 @@ class CompiledLoss:
             elif entry.waits and not entry.compiled:
                 entry.waits = False
             else:
-                with _failing(entry):
+                with failing(entry):
                     if not entry.compiled:
                         self._compile(module, inputs, entry)
                     losses.append(entry.program.loss(inputs))
@@ -188,7 +186,7 @@ class CompiledLoss:
             entry = self._entry(module, inputs)
             if entry.failed or not entry.trusted or entry.is_due(_epoch(module)):
                 return None  # :meth:`loss` brings it nearer, or compares it
-            with _failing(entry):
+            with failing(entry):
                 fused = self._fused(entry, optimizer, inputs)
             if fused is not None:
                 fused.inputs = inputs
@@ -267,10 +265,10 @@ class CompiledLoss:
         # The first is traced at once.
         if self.traces > 0 and entry.uses <= _PATIENCE:
             return False
-        with _failing(entry):
+        with failing(entry):
             if self.traces >= _MOST:
                 names = f"other Python state ({', '.join(sorted(entry.new))})" * bool(entry.new)
-                raise _Exhausted(
+                raise Exhausted(
                     f"{_MOST} traces have been made, and steps of {names or 'another shape'} have "
                     "none. Make what changes a tensor, such as a buffer, which compiled code reads "
                     "at each step, or batches of fewer sizes"
@@ -296,13 +294,13 @@ class CompiledLoss:
         assert program is not None
         began, steps, epoch = time.monotonic(), program.steps, _epoch(module)
         parameters = trained(module)
-        with _failing(entry):
+        with failing(entry):
             found = of_graph(module, program, inputs, parameters)
         program.steps = steps  # that was none
         losses.append(module._run(batch).loss)  # whose errors are the user's
         expected = of_eager(losses[0], parameters)
         if schedule is None:
-            with _failing(entry):
+            with failing(entry):
                 compare(found, expected, "a trace")
         else:
             try:
@@ -321,7 +319,7 @@ class CompiledLoss:
         entry.failed, entry.anew = entry.anew, True
         entry.uses = _PATIENCE
         entry.begin(module._guards())
-        raise _Unseen(
+        raise Unseen(
             "it has come to differ from eager at the same random numbers, so that up to "
             f"{steps} steps before this one were wrong: model or guide read something that has "
             "changed and is not watched, such as a long list or array, an object of a library, "
@@ -332,20 +330,26 @@ class CompiledLoss:
     def _trace(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         self.traces += 1
         entry.moving = renewed(entry.moving)
-        with preserved_state(module):
+        self._refuse_changes(entry.moving)  # an iterator is never the same, and cannot be put back
+        generators = [guard.read.args[0] for guard in entry.moving]  # type: ignore[attr-defined]
+        with preserved_state(module), preserved_generators(generators):
             drew = drawing_in_python()
             entry.program = Program(module, inputs)
             drawn = drew()
+            self._refuse_changes(entry.moving)
         if drawn:
             raise Untraceable(
                 "the model draws from Python's or NumPy's random numbers, which would be the same "
                 "at each step: draw from torch's"
             )
-        name = changed(entry.guards) or changed(entry.moving)
-        if name is not None:
-            raise Untraceable(f"the model changes '{name}' as it runs")
+        self._refuse_changes(entry.guards)
         entry.guards += guards_of_values(entry.program.traced.read)
         entry.traced_on = [tensor.clone() for tensor in inputs.flat.tensors]
+
+    def _refuse_changes(self, guards: list[Guard]) -> None:
+        name = changed(guards)
+        if name is not None:
+            raise Untraceable(f"the model changes '{name}' as it runs")
 
     def _compile(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
         program = entry.program
@@ -360,41 +364,6 @@ class CompiledLoss:
         entry.compiled = True
 
 
-class _Exhausted(Untraceable):
-    kind = "exhausted"
-
-
-class _Unseen(Untraceable):
-    kind = "unseen"
-
-
 def _epoch(module: Any) -> int | None:
     trainer = module._trainer
     return None if trainer is None else int(trainer.current_epoch)
-
-
-@contextmanager
-def _failing(entry: _Entry) -> Iterator[None]:
-    """Let a batch shape stay eager from its first failure on."""
-    try:
-        yield
-    except Exception as error:
-        entry.failed = True
-        # Whatever tracing and compiling meet, the eager loss serves, and the cause is told.
-        if isinstance(error, _Exhausted):
-            raise
-        kind = "" if isinstance(error, Untraceable) else f"{type(error).__name__}: "
-        raise Untraceable(f"{kind}{error}{_where(error)}") from error
-
-
-_NOT_THE_USERS = (os.path.dirname(__file__), sysconfig.get_paths()["stdlib"], "<")
-
-
-def _where(error: Exception) -> str:
-    """Name the last line of the user's own code that an error came through."""
-    lines = [
-        f"{frame.filename}:{frame.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_NOT_THE_USERS) and "site-packages" not in frame.filename
-    ]
-    return f" (at {lines[-1]})" if lines else ""

@@ -45,7 +45,8 @@ def names_read(owner: Any, roots: Iterable[Any]) -> Names:
         >>> sorted(names_read(object(), [lambda counter: counter.steps + counter.start]).read)
         ['start', 'steps']
     """
-    pending = deque(roots)
+    given = list(roots)
+    pending = deque(given)
     read: set[str] = set()
     looked_up: set[str] = set()
     computed = False
@@ -56,7 +57,8 @@ def names_read(owner: Any, roots: Iterable[Any]) -> Names:
         if known or value is owner or value is type(owner):
             continue
         seen[id(value)] = value
-        if isinstance(value, FunctionType) and not of_others(value):
+        asked = any(value is root for root in given)
+        if isinstance(value, FunctionType) and (asked or not of_others(value)):
             before = read | looked_up
             for code in codes(value.__code__):
                 read.update(code.co_names)

@@ -1,8 +1,9 @@
 """Leaving random states and buffers as they were."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,6 +60,32 @@ def preserved_state(module: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def preserved_generators(generators: Iterable[Any]) -> Iterator[None]:
+    """Put back the states of generators of Python, NumPy and torch.
+
+    Example:
+        >>> generator = random.Random(0)
+        >>> with preserved_generators([generator]):
+        ...     first = generator.random()
+        >>> generator.random() == first
+        True
+    """
+    states: list[tuple[Callable[[Any], None], Any]] = []
+    for each in generators:
+        if isinstance(each, np.random.Generator):
+            states.append((partial(setattr, each.bit_generator, "state"), each.bit_generator.state))
+        elif isinstance(each, random.Random):
+            states.append((each.setstate, each.getstate()))
+        else:
+            states.append((each.set_state, each.get_state()))
+    try:
+        yield
+    finally:
+        for put, state in states:
+            put(state)
 
 
 def drawing_in_python() -> Callable[[], bool]:

@@ -232,6 +232,17 @@ def test_what_falls_back_equals_eager(name):
     assert torch.equal(found, fits(made(scale), 6))
 
 
+# A trace puts generators back, and runs nothing that draws from an iterator.
+@pytest.mark.parametrize("name", ["count", "generator", "random.Random", "numpy.Generator"])
+def test_what_draws_from_its_own_source_equals_eager(name):
+    found = []
+    for options in ({"compile": AS_TRACED}, {}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(fits(made(FALLBACKS[name][0](), **options), 6))
+    assert torch.equal(*found)
+
+
 def test_an_item_is_followed():
     # Pyro's own code adds up such items, so that they stay tensors in a trace.
     svi, eager = made(by_item, compile=AS_TRACED), made(by_item)

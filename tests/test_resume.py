@@ -8,11 +8,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
 )
 from pyro.infer import TraceGraph_ELBO
 from resume_support import (
     ADAM,
+    Fit,
+    Saver,
     arrays,
     assert_goes_on,
     global_model,
