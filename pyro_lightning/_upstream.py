@@ -87,3 +87,12 @@ def compile_graph(
     # Random numbers in eager's order, so that a seed gives the same noise.
     chosen = {name: value for name, value in fallback.items() if name in known}
     return _inductor.compile(graph, list(inputs), options=chosen)  # type: ignore[no-any-return]
+
+
+def came_from_worker(error: Exception) -> bool:
+    """Whether an error is that of a batch which a worker of a ``DataLoader`` could not make.
+
+    The worker goes on with the next, which it does not where it died or was waited for in vain.
+    """
+    message = str(error.args[0]) if error.args else ""
+    return message.startswith("Caught ") and " in DataLoader worker process " in message

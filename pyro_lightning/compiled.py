@@ -18,7 +18,7 @@ from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, find_guards
 from pyro_lightning.program import Program, StepInputs, step_inputs
 from pyro_lightning.states import drawing, drawing_in_python, preserved_state
-from pyro_lightning.tracing import Untraceable
+from pyro_lightning.tracing import NotCompiled, Untraceable
 from pyro_lightning.updates import is_served
 
 _PATIENCE = 20  # steps of another shape, or of other Python state, before it is compiled as well
@@ -179,7 +179,7 @@ class CompiledLoss:
             yield
         except Untraceable as error:
             if self.strict:
-                raise RuntimeError(f"the loss cannot be compiled: {error}") from error
+                raise NotCompiled(f"the loss cannot be compiled: {error}") from error
             if not self._warned:
                 warnings.warn(
                     f"the loss is not compiled, and runs eagerly: {error}. Leave compile out, or "

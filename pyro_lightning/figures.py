@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lightning._lightning import logs_this_step
-from pyro_lightning.life_cycle import LifeCycle
+from pyro_lightning.bad_batches import BadBatches
 from pyro_lightning.rows import data_of
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
@@ -21,7 +21,7 @@ class StepResult(NamedTuple):
     whole: bool
 
 
-class Figures(LifeCycle):
+class Figures(BadBatches):
     """Logs losses as sums over N observations in nats, and per observation.
 
     ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
@@ -33,17 +33,19 @@ class Figures(LifeCycle):
     _shown: torch.Tensor | None = None
     _shown_at: float = 0.0
 
-    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
-        raise NotImplementedError
-
     def _per_observation(self, result: StepResult) -> torch.Tensor:
         size = self._known_size() if result.whole else result.rows
         return result.loss.detach() / size
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
-        loss, whole = self._estimate(batch, held_out=True)
-        rows = self.num_rows(data_of(batch))
-        per_obs = self._per_observation(StepResult(loss, rows, whole))
+        found = None if self._begin() else self._attempt(batch, held_out=True)
+        if found is None:
+            if self.trainer.world_size == 1:
+                return
+            per_obs, rows = torch.zeros((), device=self.device), 0  # figures meet on all ranks
+        else:
+            rows = self.num_rows(data_of(batch))
+            per_obs = self._per_observation(StepResult(found[0], rows, found[1]))
         log = partial(self.log, batch_size=rows, sync_dist=True, on_step=False, on_epoch=True)
         log(f"{stage}_loss", per_obs * self._known_size())
         log(f"{stage}_loss_per_obs", per_obs, prog_bar=True)
@@ -56,9 +58,16 @@ class Figures(LifeCycle):
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=result.rows)
 
-    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
-        """Log what each of several steps of a batch would have logged; returns their mean loss."""
-        first, every = self.trainer.global_step - len(results), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+    def _log_steps(self, steps: list[StepResult | None]) -> torch.Tensor | None:
+        """Log what each of several steps of a batch would have logged; returns their mean loss.
+
+        None stands for a step that was skipped.
+        """
+        first, every = self.trainer.global_step - len(steps), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        numbers = [first + place for place, step in enumerate(steps) if step is not None]
+        results = [step for step in steps if step is not None]
+        if not results:
+            return None
         losses = torch.stack([result.loss for result in results])
         rows = torch.tensor([result.rows for result in results], device=losses.device)
         whole = torch.tensor([result.whole for result in results], device=losses.device)
@@ -67,9 +76,9 @@ class Figures(LifeCycle):
         self._add_to_epoch(mean, sum(result.rows for result in results))
         self._shown = per_obs[-1]
         # The loggers get the steps in between as well, which Lightning does not see.
-        for number in range(first, first + len(results)):
+        for place, number in enumerate(numbers):
             if (number + 1) % every == 0:
-                value = float(per_obs[number - first])
+                value = float(per_obs[place])
                 metrics = {"train_loss_per_obs_step": value, "epoch": self.current_epoch}
                 for logger in self.trainer.loggers:
                     logger.log_metrics(metrics, step=number)
@@ -97,12 +106,14 @@ class Figures(LifeCycle):
 
     def on_train_epoch_end(self) -> None:
         """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
+        if self._epoch is None and self._skips and self.trainer.world_size > 1:
+            self._epoch = torch.zeros((), device=self.device), 0  # others have trained
         if self._epoch is None:  # a training_step of the user's own may not add to it
             return
         total, rows = self._epoch
         log = partial(self.log, batch_size=rows, sync_dist=True)
-        log("train_loss", total / rows * self._known_size())
-        log("train_loss_per_obs", total / rows)
+        log("train_loss", total / max(rows, 1) * self._known_size())
+        log("train_loss_per_obs", total / max(rows, 1))
         self._epoch = None
         if self.steps_per_batch > 1:
             self._log_position(self.trainer.global_step - 1)

@@ -29,6 +29,7 @@ from pyro_lightning.growth import check_latents_of_no_plate, check_totals
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
+from pyro_lightning.layout import shapes_of
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
@@ -37,6 +38,7 @@ from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
+from pyro_lightning.shapes import check_broadcast
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
@@ -61,6 +63,8 @@ class LifeCycle(Runs):
     _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
     _prototype: Any = None
+    _known_shapes: set[Any]
+    _checked_plates: set[str]
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -79,6 +83,7 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
         self._checked_rows = self.num_rows(data)
+        self._known_shapes = {shapes_of(data)} if self._checked_rows > 1 else set()
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 
@@ -89,6 +94,7 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         shorter = partial(run_shorter, self, batch, handled) if counted else None
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model, shorter)
+        self._checked_plates = plates
         tables = self._tables()
         served = {table.site for table in tables}
         self._sites_of_data = sites_of_data(in_guide.sites, plates, served)
@@ -150,6 +156,22 @@ class LifeCycle(Runs):
             in_model, in_guide = run_once(self, batch, handled)
             sites = in_model.sites, in_guide.sites
             self._masks = {**self._masks, **find_masked(self, batch, handled, *sites, self._checks)}
+
+    def _check_shapes(self, batch: Any) -> None:
+        """Check a batch that may broadcast otherwise than those before.
+
+        Raises:
+            ValueError: Naming site and shapes.
+        """
+        data = data_of(batch)
+        rows, shapes = self.num_rows(data), shapes_of(data)
+        if self._checks and rows > 1:
+            with preserved_state(self), self._isolated() as handled:
+                in_model, in_guide = run_once(self, self._with_rows(data), handled)
+            check_broadcast(in_model.sites, self._checked_plates, self._scale_sites)
+            check_broadcast(in_guide.sites, self._checked_plates)
+        if rows > 1:
+            self._known_shapes.add(shapes)
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -218,11 +240,11 @@ class LifeCycle(Runs):
             )
         return dataset_size_of(loader)
 
-    def _first_batch(self, loader: Any) -> Any:
+    def _first_batch(self, loader: Any, start: int = 0) -> Any:
         # Lightning converts the module after set-up; the parameters to be made need it before.
         self.trainer.precision_plugin.convert_module(self)
         with torch.inference_mode(False):
-            batch = example_batch(loader)
+            batch = example_batch(loader, start)
             return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
 
     def configure_optimizers(self) -> Any:

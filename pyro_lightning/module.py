@@ -15,6 +15,8 @@ from pyro_lightning.compiled import read_compile
 from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
+from pyro_lightning.in_hand import InHand
+from pyro_lightning.layout import shapes_of
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
@@ -103,6 +105,7 @@ class PyroSVIModule(ManySteps):
         checks: bool = True,
         compile: bool | str | Mapping[str, Any] = False,
         steps_per_batch: int = 1,
+        bad_batches: str = "raise",
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -132,6 +135,7 @@ class PyroSVIModule(ManySteps):
         self.steps_per_batch = steps_per_batch
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
+        self._read_bad_batches(bad_batches)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 
@@ -170,10 +174,12 @@ class PyroSVIModule(ManySteps):
 
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
-        size, rows = self._known_size(), self.num_rows(data_of(batch))
+        size, rows = self._whole_size(), self.num_rows(data_of(batch))
         # One row alone cannot be compared with less, as some checks do.
         if not self._initialised or (self._checked_rows == 1 and rows > 1):
             self._initialise(batch)
+        elif shapes_of(batch) not in self._known_shapes:
+            self._check_shapes(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
             raise ValueError(
@@ -195,31 +201,37 @@ class PyroSVIModule(ManySteps):
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
         """Return the loss of a batch times its :meth:`batch_weight`, and log it.
 
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
-        self._follow_loader(batch)
-        if self.steps_per_batch > 1:
-            results = self._take_steps(batch)
+        with InHand(self, "training", batch, batch_idx, 0):
+            if self._begin():
+                return self._without_step()
+            self._follow_loader(batch)
+            if self.steps_per_batch > 1:
+                return self._log_steps(self._take_steps(batch))
+            found = self._attempt(batch)
+            if found is None:
+                return self._without_step()
+            loss, whole = found
+            self._log_step(StepResult(loss, self.num_rows(data_of(batch)), whole))
             self._mark_rows(batch)
-            return self._log_steps(results)
-        loss, whole = self._estimate(batch)
-        self._log_step(StepResult(loss, self.num_rows(data_of(batch)), whole))
-        self._mark_rows(batch)
-        return loss * self.batch_weight(batch) if whole else loss
+            return loss * self.batch_weight(batch) if whole else loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
 
         Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
         """
-        self._log_evaluation("val", batch)
+        with InHand(self, "validation", batch, batch_idx, dataloader_idx):
+            self._log_evaluation("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._log_evaluation("test", batch)
+        with InHand(self, "test", batch, batch_idx, dataloader_idx):
+            self._log_evaluation("test", batch)
 
     # -- results -------------------------------------------------------------------------------
 

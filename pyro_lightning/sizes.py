@@ -18,7 +18,8 @@ from torch.utils.data import (
 _STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
 
 
-def _row_sampler(loader: DataLoader[Any]) -> Any:
+def row_sampler(loader: DataLoader[Any]) -> Any:
+    """Return what orders the rows of a loader."""
     sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     while isinstance(inner := getattr(sampler, "sampler", None), object) and inner is not None:
         sampler = inner  # BatchSampler and Lightning's wrappers keep the row sampler in `sampler`
@@ -50,7 +51,7 @@ def dataset_size_of(loader: Any) -> int:
             "the loader has batch_size=None, so that an item of its data set is a batch and N "
             f"cannot be counted. {_STATE_IT}"
         )
-    sampler = _row_sampler(loader)
+    sampler = row_sampler(loader)
     if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
         warnings.warn(
             f"{type(sampler).__name__} with weights or replacement changes how often a row is "

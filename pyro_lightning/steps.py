@@ -32,18 +32,22 @@ class ManySteps(Figures):
         """What multiplies a batch's loss in training."""
         raise NotImplementedError
 
-    def _take_steps(self, batch: Any) -> list[StepResult]:
-        """Take the optimizer steps of a batch of the loader, one for each mini-batch in it."""
+    def _take_steps(self, batch: Any) -> list[StepResult | None]:
+        """Take the optimizer steps of a batch of the loader, one for each mini-batch in it.
+
+        Returns the result of each, None for one that was skipped.
+        """
         optimizer: Any = self.optimizers()
         assert self._rows_per_step is not None
         parts = Parts(batch, self.num_rows(data_of(batch)), self._rows_per_step)
         count = len(parts)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
-        results: list[StepResult] = []
+        results: list[StepResult | None] = []
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
             fused = self._fused(parts, done, optimizer.optimizer)
+            self._at_part(done)
             if fused is None:
                 results.append(self._take_step(parts[done], optimizer))
                 self._step_schedulers("step", before + done)
@@ -60,15 +64,40 @@ class ManySteps(Figures):
                 if len(results) == done:  # arguments that are never the same twice
                     results.append(self._take_step(parts[done], optimizer))
                     self._step_schedulers("step", before + done)
+        self._at_part(None)
+        if all(result is not None for result in results):
+            self._mark_rows(batch)
+        else:
+            for number, result in enumerate(results):
+                if result is not None:
+                    self._mark_rows(parts[number])
         return results
 
-    def _take_step(self, part: Any, optimizer: Any) -> StepResult:
-        loss, whole = self._estimate(part)
+    def _at_part(self, number: int | None) -> None:
+        if self._in_hand is not None:
+            self._in_hand.part = number
+
+    def _take_step(self, part: Any, optimizer: Any) -> StepResult | None:
+        found = self._attempt(part)
+        if found is None:
+            self._pass_over(optimizer)
+            return None
+        loss, whole = found
         weight = self.batch_weight(part) if whole else 1.0
         self.manual_backward(loss * weight)
         optimizer.step()
         optimizer.zero_grad()
         return StepResult(loss.detach(), self.num_rows(data_of(part)), whole)
+
+    def _pass_over(self, optimizer: Any) -> None:
+        """Count a step that is not taken, as Lightning does; take part in those of other ranks."""
+        zero = self._without_step()
+        if zero is None:
+            count_optimizer_steps(self.trainer, 1)
+            return
+        self.manual_backward(zero)
+        optimizer.step()
+        optimizer.zero_grad()
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
@@ -96,7 +125,7 @@ class ManySteps(Figures):
 
     def _take_fused(
         self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
-    ) -> list[StepResult]:
+    ) -> list[StepResult | None]:
         losses: list[torch.Tensor] = []
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
         inputs = self._inputs_of(parts, numbers)
@@ -119,10 +148,15 @@ class ManySteps(Figures):
         finally:
             fused.finish()
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
-        if not all(finite):
-            first = finite.index(False)
-            self._explain(parts[numbers[first]], losses[first])
-        return [StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses]
+        taken: list[StepResult | None] = [
+            StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses
+        ]
+        for place, fine in enumerate(finite):
+            if not fine:  # its step has changed nothing
+                self._at_part(numbers[place])
+                self._explain_or_skip(parts[numbers[place]], losses[place])
+                taken[place] = None
+        return taken
 
     def _inputs_of(
         self, parts: "Parts", numbers: list[int]
@@ -149,6 +183,16 @@ class ManySteps(Figures):
         for number in numbers:
             cut = [each[number] if isinstance(each, tuple) else each for each in columns]
             yield rows and rows[number], cut, structure
+
+    def _explain_or_skip(self, part: Any, loss: torch.Tensor) -> None:
+        put_back = self._kept()
+        try:
+            self._explain(part, loss)
+        except ValueError as error:
+            if not self._skips or self._is_fatal(error):
+                raise
+            put_back()
+            self._leave_out(error, self.num_rows(data_of(part)))
 
     def _explain(self, part: Any, loss: torch.Tensor) -> None:
         self._run(part)  # names sites and rows

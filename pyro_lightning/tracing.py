@@ -14,6 +14,10 @@ class Untraceable(Exception):
     """Says why a loss has no graph."""
 
 
+class NotCompiled(RuntimeError):
+    """Says why a loss is not compiled, where the user wants it compiled or not at all."""
+
+
 class Traced(NamedTuple):
     """A loss and its gradients as a graph.
 
