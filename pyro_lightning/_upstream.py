@@ -139,3 +139,12 @@ def compile_graph(
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether something is to be called with a parameter's gradient."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def came_from_worker(error: Exception) -> bool:
+    """Whether an error is that of a batch which a worker of a ``DataLoader`` could not make.
+
+    The worker goes on with the next, which it does not where it died or was waited for in vain.
+    """
+    message = str(error.args[0]) if error.args else ""
+    return message.startswith("Caught ") and " in DataLoader worker process " in message
