@@ -63,7 +63,8 @@ class PyroSVIModule(Checkpoints):
         dataset_size: N, where it cannot or should not be read from the training data.
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
-            latents of rows. Sizes, parameters that would not train, a likelihood that is not
+            latents of rows; and whether each batch must be laid out as the first of its loader,
+            with the same elements of the same types and numbers of dimensions. Sizes, parameters that would not train, a likelihood that is not
             scaled, an ELBO that no batch can estimate, and losses that are not finite are errors in
             any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
@@ -74,10 +75,24 @@ class PyroSVIModule(Checkpoints):
         save_example: Whether a checkpoint holds the first two rows of the first batch, on which
             :meth:`load_from_checkpoint` runs guide and model. False puts a constant in the place
             of every number in them.
+        bad_batches: ``"raise"``, or ``"skip"`` for batches whose loss is not finite, that the model
+            cannot run, that are not laid out as the first, or that a map-style data set fails to
+            make. A skipped batch takes no step and leaves no trace in parameters, optimizer,
+            buffers and random numbers; ``train_skipped_batches`` and ``train_skipped_rows`` count
+            them, and one warning an epoch names the first. N counts the rows that can train:
+
+            .. math:: N \leftarrow N (1 - n_\text{bad} / n_\text{seen})
+
+            with the rows of an epoch that are bad. In an order that is new each epoch these are
+            those whose terms are not finite, one where none stands out; in any other order all of
+            the batch, which never train. This holds for a stated N, too. A step that is not
+            taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
+            parameters that are not finite, and where no batch of an epoch is good.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
-        ValueError: When model or guide is missing or given twice.
+        ValueError: When model or guide is missing or given twice, or a number or name is none of
+            those that are served.
 
     Example:
         >>> import pyro, pyro.distributions as dist

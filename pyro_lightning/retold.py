@@ -33,7 +33,11 @@ def retell(error: Exception, where: str, more: str = "") -> NoReturn:
     """
     made = _made(error, where, more)
     if made is not None:
-        raise made from error
+        try:
+            raise made from error
+        finally:
+            # Its traceback holds this frame: a cycle would keep a loader's workers waiting.
+            del made, error
     if sys.version_info >= (3, 11):
         error.add_note(where + more)
     else:

@@ -67,6 +67,8 @@ class WatchedBatches:
             where = self._where(number, loader)
             if not (self.skips and self._goes_on(loader, error)):
                 retell(error, where)
+            # What it went through holds this object, and the loader's workers with it.
+            error.__traceback__ = None
             self.failed = self.failed or (where, error)
             return FailedBatch(error, where), number, loader
 
