@@ -1,6 +1,7 @@
 """The private names of Lightning that the module leans on, in one place."""
 
 import signal
+from collections.abc import Callable
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationSt
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.utils.data import DataLoader
 
@@ -339,3 +341,26 @@ def signals_of(trainer: Trainer) -> list[int]:
         if isinstance(handler, _HandlersCompose) or handler is signal.default_int_handler:
             found.append(int(number))
     return sorted(found)
+
+
+def watch_batches(trainer: Trainer, watch: Callable[[Any, Any], Any]) -> None:
+    """Put something between the loaders of the stage that runs and the loop that takes batches.
+
+    Neither the Trainer's nor the user's loaders are another: ``watch`` is given the fetcher of the
+    loop and its ``CombinedLoader``, which is its own iterator, and returns what is iterated.
+    """
+    loop: Any = trainer.fit_loop if trainer.training else trainer._evaluation_loop
+    fetcher = loop._data_fetcher
+    if fetcher is None or not isinstance(fetcher.combined_loader, CombinedLoader):
+        return  # no batches, or watched already
+    watched = watch(fetcher, fetcher.combined_loader)
+    fetcher.setup(watched)
+    fetcher.iterator = watched
+
+
+def pass_over(batches: CombinedLoader) -> tuple[int, int]:
+    """Count a batch that a loader could not make; returns its number, and that of its loader."""
+    counted: Any = batches._iterator
+    number = counted._idx
+    counted._idx += 1
+    return number, getattr(counted, "_iterator_idx", 0)

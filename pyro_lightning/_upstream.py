@@ -148,3 +148,12 @@ def open_records(path: str) -> None:
         RuntimeError: When torch finds the table damaged; it is stricter than Python's zipfile.
     """
     torch._C.PyTorchFileReader(path)
+
+
+def came_from_worker(error: Exception) -> bool:
+    """Whether an error is that of a batch which a worker of a ``DataLoader`` could not make.
+
+    The worker goes on with the next, which it does not where it died or was waited for in vain.
+    """
+    message = str(error.args[0]) if error.args else ""
+    return message.startswith("Caught ") and " in DataLoader worker process " in message

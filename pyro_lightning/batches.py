@@ -92,12 +92,24 @@ def first_of(loaders: Any) -> Any:
     return (loaders[0] if loaders else None) if isinstance(loaders, tuple | list) else loaders
 
 
-def example_batch(loader: Any) -> Any:
+def rows_at_set_up(loader: Any) -> Any:
+    """Return the row numbers of a map-style data set from which a batch can be taken, or None."""
+    batches = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if not batches or isinstance(loader.dataset, IterableDataset):
+        return None
+    return getattr(loader.sampler, "indices", range(len(loader.dataset)))
+
+
+def example_batch(loader: Any, start: int = 0) -> Any:
     """Take one batch as a loader would make it, in this process, without moving its sampler.
 
     A map-style data set, and one of litdata, is asked for its first rows, so that neither the
     sampler's random state nor the loader's workers are touched. Several loaders give a batch of
     each. Anything else is iterated once.
+
+    Args:
+        loader: The loader, or several.
+        start: Which row of a map-style data set is the first of the batch.
 
     Raises:
         ValueError: When a stream can be iterated only once, or is empty.
@@ -122,8 +134,8 @@ def example_batch(loader: Any) -> Any:
     sampler = loader.batch_sampler
     size = getattr(sampler, "rows_per_step", None) or getattr(sampler, "batch_size", None) or 2
     size = max(size, 2)  # the checks compare a batch with a shorter one
-    known = getattr(loader.sampler, "indices", range(len(dataset)))  # type: ignore[arg-type]
-    rows = [int(row) for row in islice(known, size)]
+    known = rows_at_set_up(loader)
+    rows = [int(row) for row in islice(known, start, start + size)]
     fetch = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(fetch(rows) if fetch else [dataset[i] for i in rows])
 

@@ -15,6 +15,7 @@ from pyro_lightning.checkpoint_io import use_safe_files, verify_local_file
 from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
+from pyro_lightning.layout import shapes_of
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.saved_sites import (
@@ -277,6 +278,7 @@ class Checkpoints(StateDicts):
         self._globals_of_data = tuple(structure["globals_of_data"])
         self._dims_by_hand, self._masks = structure["dims_by_hand"], structure["masks"]
         self._few_rows, self._prototype, self._checked_rows = few, few.repeated(few.shown), 0
+        self._known_shapes = frozenset([shapes_of(batch)])
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 

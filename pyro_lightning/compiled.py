@@ -25,7 +25,7 @@ from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
 from pyro_lightning.program import Program, StepInputs, step_inputs
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.states import drawing, drawing_in_python, preserved_generators, preserved_state
-from pyro_lightning.tracing import Untraceable
+from pyro_lightning.tracing import NotCompiled, Untraceable
 from pyro_lightning.updates import is_served
 
 _PATIENCE = 20  # steps of another shape, or of other Python state, before it is compiled as well
@@ -232,7 +232,7 @@ class CompiledLoss:
             yield
         except Untraceable as error:
             if self.strict:
-                raise RuntimeError(f"the loss cannot be compiled: {error}") from error
+                raise NotCompiled(f"the loss cannot be compiled: {error}") from error
             if error.kind not in self._warned:
                 self._warned.add(error.kind)
                 warn(

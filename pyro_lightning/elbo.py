@@ -8,7 +8,7 @@ import torch
 from pyro.infer import ELBO, EnergyDistance
 
 from pyro_lightning.baselines import DecayingBaselines
-from pyro_lightning.diagnosis import explained, non_finite_report
+from pyro_lightning.diagnosis import explained, non_finite_report, not_finite, rows_at_fault
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import differentiable_loss
 from pyro_lightning.structure import SEE_TABLE
@@ -94,7 +94,8 @@ def estimate_elbo(
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"
         )
-        raise ValueError(f"the loss is {loss.item()}: {report}")
+        rows = rows_at_fault((args, kwargs), in_guide, in_model)
+        raise not_finite(f"the loss is {loss.item()}: {report}", rows)
     if (in_model.plates or in_model.scale_sites) and not in_model.scaled_observations:
         _refuse_unscaled(in_model)
     return Estimate(loss, in_model.sites, in_guide.sites)

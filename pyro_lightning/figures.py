@@ -1,12 +1,13 @@
 """What a fit logs: losses of steps, epochs and evaluations."""
 
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from pyro_lightning._lightning import logs_this_step
-from pyro_lightning.logged_steps import LoggedSteps
+from pyro_lightning.bad_batches import BadBatches
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
 
@@ -22,7 +23,7 @@ class StepResult(NamedTuple):
     whole: bool
 
 
-class Figures(LoggedSteps):
+class Figures(BadBatches):
     """Logs losses as sums over N observations in nats, and per observation.
 
     ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
@@ -34,16 +35,22 @@ class Figures(LoggedSteps):
     _shown: torch.Tensor | None = None
     _shown_at: float = 0.0
 
-    def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
-        raise NotImplementedError
-
     def _per_observation(self, result: StepResult) -> torch.Tensor:
         size = self._known_size() if result.whole else max(result.rows, 1)
         return result.loss.detach() / size
 
-    def _log_evaluation(self, stage: str, batch: Any, rows: int) -> None:
-        loss, whole = self._estimate(batch, held_out=True)
-        per_obs = self._per_observation(StepResult(loss, rows, whole))
+    def _log_evaluation(self, stage: str, batch: Any, *numbers: int) -> None:
+        """Log the figures of a batch of an evaluation, of this number and of this loader."""
+        found, rows = None, 0
+        if not self._begin():
+            batch, rows = self._without_repeats(batch, *numbers)
+            found = self._attempt(partial(self._estimate, batch, held_out=True), rows)
+        if found is not None:
+            per_obs = self._per_observation(StepResult(found[0], rows, found[1]))
+        elif self.trainer.world_size == 1:
+            return
+        else:
+            per_obs, rows = torch.zeros((), device=self.device), 0  # figures meet on all ranks
         self.log_mean(f"{stage}_loss", per_obs * self._known_size(), rows)
         self.log_mean(f"{stage}_loss_per_obs", per_obs, rows, prog_bar=True)
 
@@ -55,9 +62,17 @@ class Figures(LoggedSteps):
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=result.rows)
 
-    def _log_steps(self, results: list[StepResult]) -> torch.Tensor:
-        """Log what each of several steps of a batch would have logged; returns their mean loss."""
-        first, every = self.trainer.global_step - len(results), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+    def _log_steps(self, steps: list[StepResult | None]) -> torch.Tensor | None:
+        """Log what each of several steps of a batch would have logged; returns their mean loss.
+
+        None stands for a step that was skipped.
+        """
+        first, every = self.trainer.global_step - len(steps), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        numbers = [first + place for place, step in enumerate(steps) if step is not None]
+        results = [step for step in steps if step is not None]
+        self._tell_loggers(first, len(steps))
+        if not results:
+            return None
         losses = torch.stack([result.loss for result in results])
         rows = torch.tensor([result.rows for result in results], device=losses.device)
         whole = torch.tensor([result.whole for result in results], device=losses.device)
@@ -65,13 +80,14 @@ class Figures(LoggedSteps):
         mean = (per_obs * rows).sum() / rows.sum().clamp(min=1)
         self._add_to_epoch(mean, sum(result.rows for result in results))
         self._shown = per_obs[-1]
-        self._tell_loggers(first, len(results))
         # Of the steps that are due Lightning logs the last, and so we do those before.
-        due = [n for n in range(first, first + len(results)) if every and (n + 1) % every == 0]
-        for number in due:
-            value, name = per_obs[number - first], "train_loss_per_obs_step"
+        due = [n for n in range(first, first + len(steps)) if every and (n + 1) % every == 0]
+        for place, number in enumerate(numbers):
+            if number not in due:
+                continue
+            value, name = per_obs[place], "train_loss_per_obs_step"
             if number == due[-1]:
-                size = results[number - first].rows
+                size = results[place].rows
                 self.log(name, value, on_step=True, on_epoch=False, batch_size=size)
                 continue
             metrics = {name: float(value), "epoch": self.current_epoch}
@@ -102,6 +118,8 @@ class Figures(LoggedSteps):
     def on_train_epoch_end(self) -> None:
         """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
         super().on_train_epoch_end()
+        if self._epoch is None and self._skips and self.trainer.world_size > 1:
+            self._epoch = torch.zeros((), device=self.device), 0  # others have trained
         if self._epoch is None:  # a training_step of the user's own may not add to it
             return
         total, rows = self._epoch

@@ -28,6 +28,8 @@ class DataPlateMessenger(Messenger):
         scale_sites: Size N for each site outside every data plate that is scaled too, by name.
         columns: Names of data plates over something else than the rows of a batch, the columns of
             a table: their B is the plate's own size, and they may cross the plate of the rows.
+        size_in_model: The size that a plate over the rows may state in the model, where that is
+            another than N: rows that cannot train are in it, and not in N.
 
     Attributes:
         sites: The messages of the ``pyro.sample`` statements that ran under the handler.
@@ -57,9 +59,11 @@ class DataPlateMessenger(Messenger):
         batch_size: int,
         scale_sites: Mapping[str, int] | None = None,
         columns: Collection[str] = (),
+        size_in_model: int | None = None,
     ) -> None:
         super().__init__()
         self.plates = dict(plates)
+        self.size_in_model = size_in_model
         self.batch_size = batch_size
         self.scale_sites = dict(scale_sites or {})
         self.columns = frozenset(columns)
@@ -98,6 +102,8 @@ class DataPlateMessenger(Messenger):
                     self._refuse(f"plate '{frame.name}' must be given its size in the model.")
                 size = frame.size if frame.size > 0 else self.batch_size
                 msg["scale"] = msg["scale"] * (self.plates[frame.name] / size)
+            elif frame in over_rows and frame.full_size == self.size_in_model:
+                msg["scale"] = msg["scale"] * (self.plates[frame.name] / frame.full_size)
         named = msg["name"] in self.scale_sites
         if named and not frames:
             msg["scale"] = msg["scale"] * (self.scale_sites[msg["name"]] / self.batch_size)
@@ -131,7 +137,7 @@ class DataPlateMessenger(Messenger):
             asked = len(rows)
         elif asked is None:
             asked = size
-        if size not in (dataset_size, batch_size) or asked != batch_size:
+        if size not in (dataset_size, batch_size, self.size_in_model) or asked != batch_size:
             self._refuse(
                 f"plate '{name}' has size {size} and holds {asked} rows, but the data set has "
                 f"N = {dataset_size} and this batch B = {batch_size} rows. Write "

@@ -35,6 +35,7 @@ from pyro_lightning.growth import check_latents_of_no_plate, check_totals
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
+from pyro_lightning.layout import shapes_of
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
@@ -50,6 +51,7 @@ from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.saved_sites import latent_shapes
+from pyro_lightning.shapes import check_broadcast
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
@@ -81,6 +83,7 @@ class LifeCycle(Runs):
     _sites: Mapping[str, Sequence[int]] = MappingProxyType({})
     _cut_plates: tuple[str, ...] = ()
     _first_dtype: torch.dtype = torch.float32
+    _known_shapes: frozenset[Any] = frozenset()
 
     # -- before the first step -----------------------------------------------------------------
     def _initialise(self, batch: Any) -> None:
@@ -103,6 +106,7 @@ class LifeCycle(Runs):
         self._prototype = self._few_rows.repeated(self._few_rows.shown)
         self._first_dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
+        self._known_shapes = frozenset([shapes_of(data)] if self._checked_rows > 1 else [])
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 
@@ -180,6 +184,22 @@ class LifeCycle(Runs):
     def configure_callbacks(self) -> list[Callback]:
         """Add what several processes need; a subclass's own hook adds to this list."""
         return callbacks_of_ranks(self.trainer)
+
+    def _check_shapes(self, batch: Any) -> None:
+        """Check a batch that may broadcast otherwise than those before.
+
+        Raises:
+            ValueError: Naming site and shapes.
+        """
+        data = data_of(batch)
+        rows, shapes = self.num_rows(data), shapes_of(data)
+        if self._checks and rows > 1:
+            with preserved_state(self), self._isolated() as handled:
+                in_model, in_guide = run_once(self, self._with_rows(data), handled)
+            check_broadcast(in_model.sites, set(self._cut_plates), self._scale_sites)
+            check_broadcast(in_guide.sites, set(self._cut_plates))
+        if rows > 1:
+            self._known_shapes |= {shapes}
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -275,11 +295,11 @@ class LifeCycle(Runs):
             )
         return dataset_size_of(unshared(loader))
 
-    def _first_batch(self, loader: Any) -> Any:
+    def _first_batch(self, loader: Any, start: int = 0) -> Any:
         # Lightning converts the module after set-up; the parameters to be made need it before.
         self.trainer.precision_plugin.convert_module(self)
         with torch.inference_mode(False):
-            batch = example_batch(loader)
+            batch = example_batch(loader, start)
             return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
 
     def configure_optimizers(self) -> Any:

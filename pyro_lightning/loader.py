@@ -54,7 +54,7 @@ class RowLoader(DataLoader[Any]):
     ) -> None:
         # An iterator of torch's draws a seed for its workers, but workers that persist only once.
         options.setdefault("generator", torch.Generator())
-        options.setdefault("collate_fn", _as_is)
+        options.setdefault("collate_fn", as_is)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.copy_to = copy_to
 
@@ -63,7 +63,8 @@ class RowLoader(DataLoader[Any]):
         return batches if self.copy_to is None else copied_ahead(batches, self.copy_to)
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
+    """Return what a data set made as a whole batch."""
     return batch
 
 

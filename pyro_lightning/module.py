@@ -15,6 +15,8 @@ from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
+from pyro_lightning.in_hand import InHand
+from pyro_lightning.layout import shapes_of
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.ranks import with_own_noise
@@ -62,7 +64,8 @@ class PyroSVIModule(Checkpoints):
         dataset_size: N, where it cannot or should not be read from the training data.
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
-            latents of rows. Sizes, parameters that would not train, a likelihood that is not
+            latents of rows; and whether each batch must be laid out as the first of its loader,
+            with the same elements of the same types and numbers of dimensions. Sizes, parameters that would not train, a likelihood that is not
             scaled, an ELBO that no batch can estimate, and losses that are not finite are errors in
             any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
@@ -73,10 +76,24 @@ class PyroSVIModule(Checkpoints):
         save_example: Whether a checkpoint holds the first two rows of the first batch, on which
             :meth:`load_from_checkpoint` runs guide and model. False puts a constant in the place
             of every number in them.
+        bad_batches: ``"raise"``, or ``"skip"`` for batches whose loss is not finite, that the model
+            cannot run, that are not laid out as the first, or that a map-style data set fails to
+            make. A skipped batch takes no step and leaves no trace in parameters, optimizer,
+            buffers and random numbers; ``train_skipped_batches`` and ``train_skipped_rows`` count
+            them, and one warning an epoch names the first. N counts the rows that can train:
+
+            .. math:: N \leftarrow N (1 - n_\text{bad} / n_\text{seen})
+
+            with the rows of an epoch that are bad. In an order that is new each epoch these are
+            those whose terms are not finite, one where none stands out; in any other order all of
+            the batch, which never train. This holds for a stated N, too. A step that is not
+            taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
+            parameters that are not finite, and where no batch of an epoch is good.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
-        ValueError: When model or guide is missing or given twice.
+        ValueError: When model or guide is missing or given twice, or a number or name is none of
+            those that are served.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -108,6 +125,7 @@ class PyroSVIModule(Checkpoints):
         compile: bool | str | Mapping[str, Any] = False,
         steps_per_batch: int = 1,
         save_example: bool = True,
+        bad_batches: str = "raise",
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -139,6 +157,7 @@ class PyroSVIModule(Checkpoints):
         self.steps_per_batch = steps_per_batch
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
+        self._read_bad_batches(bad_batches)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 
@@ -178,13 +197,15 @@ class PyroSVIModule(Checkpoints):
     @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
-        size, rows = self._known_size(), self.num_rows(data_of(batch))
+        size, rows = self._whole_size(), self.num_rows(data_of(batch))
         # One row alone cannot be compared with less, as some checks do; the example of a checkpoint
         # was not checked at all.
         trains = torch.is_grad_enabled() and not held_out
         unchecked = self._checked_rows == 1 or (trains and not self._checked_rows)
         if not self._initialised or (rows > 1 and unchecked):
             self._initialise(batch)
+        elif shapes_of(batch) not in self._known_shapes:
+            self._check_shapes(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
             raise ValueError(
@@ -206,33 +227,40 @@ class PyroSVIModule(Checkpoints):
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
         """Return the loss of a batch times its :meth:`batch_weight`, and log it.
 
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
-        self._follow_loader(batch)
-        real, rows = self._without_repeats(batch, batch_idx)
-        if self.steps_per_batch > 1:
-            loss = self._log_steps(self._take_steps(batch, real, rows))
-        else:
+        with InHand(self, "training", batch, batch_idx, 0):
+            if steps := self._begin():
+                return self._pass_over(steps)
+            self._follow_loader(batch)
+            real, rows = self._without_repeats(batch, batch_idx)
+            if self.steps_per_batch > 1:
+                return self._log_steps(self._take_steps(batch, real, rows))
             done = self._step_at_once(real) if rows else None
-            loss, result = done or self._weighted_loss(real, rows)
+            done = done or self._attempt(partial(self._weighted_loss, real, rows), rows)
+            if done is None:
+                return self._without_step()
+            loss, result = done
             self._log_step(result)
-        if rows:
-            self._mark_rows(real)
-        return loss
+            if rows:
+                self._mark_rows(real)
+            return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val_loss``: the validation rows, scaled to the training set's N.
 
         Of several loaders each has a figure, with Lightning's suffix ``/dataloader_idx_<n>``.
         """
-        self._log_evaluation("val", *self._without_repeats(batch, batch_idx, dataloader_idx))
+        with InHand(self, "validation", batch, batch_idx, dataloader_idx):
+            self._log_evaluation("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``test_loss``: the test rows, scaled to the training set's N."""
-        self._log_evaluation("test", *self._without_repeats(batch, batch_idx, dataloader_idx))
+        with InHand(self, "test", batch, batch_idx, dataloader_idx):
+            self._log_evaluation("test", batch, batch_idx, dataloader_idx)
 
     # -- results -------------------------------------------------------------------------------
 

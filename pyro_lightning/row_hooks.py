@@ -42,7 +42,7 @@ class RowHooks(LightningModule):
         """Names of the plates over the rows of a batch."""
         return [name for name in self._data_plates if name not in self._columns]
 
-    def _known_size(self) -> int:
+    def _whole_size(self) -> int:
         raise NotImplementedError
 
     def num_rows(self, batch: Any) -> int:
@@ -129,7 +129,7 @@ class RowHooks(LightningModule):
 
     def _count_rows(self) -> int:
         """How many rows have parameters: those that have a number, or N."""
-        return self._known_size() if self._identities is None else self._identities
+        return self._whole_size() if self._identities is None else self._identities
 
     def _with_rows(self, batch: Any) -> Any:
         """Give a first batch some row numbers where nothing says which rows it holds."""

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 from torch.utils.data import default_collate as _default_collate
 
+from pyro_lightning.retold import retell
 from pyro_lightning.sources import source_of
 
 
@@ -75,15 +76,25 @@ class IndexedDataset(Dataset[Any]):
         return len(self)
 
     def __getitem__(self, index: int) -> IndexedBatch:
-        return IndexedBatch(self.dataset[index], self._number(index), self.source)
+        return IndexedBatch(self._item(index), self._number(index), self.source)
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            retell(error, f"row {self._number(index)} of the data set")
 
     def _number(self, index: int) -> int:
         return index + len(self) if index < 0 else index
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
         numbers = [self._number(index) for index in indices]
+        try:
+            items = fetch(indices) if fetch else None
+        except Exception as error:
+            retell(error, f"rows {shown(numbers)} of the data set")
+        items = [self._item(index) for index in indices] if items is None else items
         if isinstance(items, list) and len(items) == len(indices):
             return [IndexedBatch(*pair, self.source) for pair in zip(items, numbers, strict=True)]
         return IndexedBatch(items, torch.as_tensor(numbers), self.source)
@@ -97,6 +108,20 @@ class IndexedDataset(Dataset[Any]):
 def data_of(batch: Any) -> Any:
     """Return what the model sees of a batch."""
     return batch.data if isinstance(batch, IndexedBatch) else batch
+
+
+def shown(numbers: list[int], most: int = 10) -> str:
+    """List numbers, many of them shortened.
+
+    Example:
+        >>> shown([4, 5, 6]), shown([7]), shown([3, 9, 1]), shown([0, 2, 5], most=2)
+        ('4 to 6', '7', '3, 9, 1', '0, 2 and 1 more')
+    """
+    first, count = numbers[0], len(numbers)
+    if count > 2 and numbers == list(range(first, first + count)):
+        return f"{first} to {first + count - 1}"
+    more = f" and {count - most} more" if count > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 class RowSource(NamedTuple):

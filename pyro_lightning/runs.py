@@ -21,6 +21,7 @@ from pyro_lightning.names import Names, defined_by_user, names_of_libraries, nam
 from pyro_lightning.owner import ModelOwner
 from pyro_lightning.row_hooks import RowHooks
 from pyro_lightning.rows import data_of
+from pyro_lightning.skipped import size_without
 
 STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
@@ -32,6 +33,7 @@ class Runs(RowHooks, ModelOwner):
     _baselines: DecayingBaselines | None
     _scale_sites: tuple[str, ...]
     _dataset_size: int | None
+    _unusable: float = 0.0  # share of the rows that cannot train
     _makes_handler: Callable[..., DataPlateMessenger] = DataPlateMessenger
     _masks: Mapping[str, str] = MappingProxyType({})
     _initialised: bool = False
@@ -65,10 +67,17 @@ class Runs(RowHooks, ModelOwner):
 
     @property
     def dataset_size(self) -> int | None:
-        """N, the number of observations in the training set; None until it is known."""
-        return self._dataset_size
+        """N, the number of observations in the training set; None until it is known.
+
+        Rows that cannot train, of batches that were skipped, are not counted.
+        """
+        return None if self._dataset_size is None else self._known_size()
 
     def _known_size(self) -> int:
+        return size_without(self._whole_size(), self._unusable)
+
+    def _whole_size(self) -> int:
+        """N, with the rows that cannot train."""
         if self._dataset_size is None:
             raise RuntimeError(
                 f"N, the number of training observations, is not known yet. State it: {STATE_N}."
@@ -79,10 +88,14 @@ class Runs(RowHooks, ModelOwner):
 
     def _handler(self, batch_size: int) -> Callable[[], DataPlateMessenger]:
         """Make what scales model and guide, for a batch."""
-        size = self._known_size()
-        plates = {name: stated or size for name, stated in self._data_plates.items()}
+        size, whole = self._known_size(), self._whole_size()
+        plates = {
+            name: stated if stated and name in self._columns else size
+            for name, stated in self._data_plates.items()
+        }
         sites = dict.fromkeys(self._scale_sites, size)
-        return partial(self._makes_handler, plates, batch_size, sites, self._columns)
+        others = () if size == whole else (whole,)
+        return partial(self._makes_handler, plates, batch_size, sites, self._columns, *others)
 
     def _run(self, batch: Any, held_out: bool = False) -> Estimate:
         data = data_of(batch)

@@ -28,11 +28,17 @@ class ShuffledRows(RandomSampler):
     def __init__(self, data_source: Any, order: Order = shuffled) -> None:
         super().__init__(data_source)
         self.order = order
+        self._seed = 0
 
     def chunks(self) -> Iterator[Rows]:
         """Yield the rows of an epoch, many at a time."""
-        seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        yield from self.order(len(self.data_source), torch.Generator().manual_seed(seed))
+        self._seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        yield from self.chunks_again()
+
+    def chunks_again(self) -> Iterator[Rows]:
+        """Yield the rows of the epoch that was begun last."""
+        generator = torch.Generator().manual_seed(self._seed)
+        yield from self.order(len(self.data_source), generator)
 
     def __iter__(self) -> Iterator[int]:
         for chunk in self.chunks():
@@ -114,9 +120,24 @@ class RowBatches(BatchSampler):
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
+        yield from self._batches(_chunks(self.sampler))
+
+    def again(self, number: int) -> Rows | None:
+        """Find the rows of a batch of the epoch that was begun last; None where nothing tells."""
+        sampler: Any = self.sampler
+        if hasattr(sampler, "chunks_again"):
+            chunks = sampler.chunks_again()
+        elif isinstance(sampler, DistributedRows) or type(sampler) is SequentialSampler:
+            chunks = _chunks(sampler)
+        else:
+            return None
+        rows = next(islice(self._batches(chunks), number, None), None)
+        return None if rows is None else np.asarray(torch.as_tensor(rows).cpu())
+
+    def _batches(self, chunks: Iterator[Rows]) -> Iterator[Any]:
         left = self.num_rows
         rest = np.empty(0, np.int64)
-        for chunk in _chunks(self.sampler):
+        for chunk in chunks:
             rows = np.concatenate([rest, chunk])[:left]
             last = len(rows) == left
             whole = left if last else len(rows) // self.batch_size * self.batch_size

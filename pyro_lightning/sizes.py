@@ -19,7 +19,8 @@ from pyro_lightning.rank_zero import warn
 from pyro_lightning.streams import STATE_IT, stream_size
 
 
-def _row_sampler(loader: DataLoader[Any]) -> Any:
+def row_sampler(loader: DataLoader[Any]) -> Any:
+    """Return what orders the rows of a loader."""
     sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     while isinstance(inner := getattr(sampler, "sampler", None), object) and inner is not None:
         sampler = inner  # BatchSampler and Lightning's wrappers keep the row sampler in `sampler`
@@ -28,7 +29,7 @@ def _row_sampler(loader: DataLoader[Any]) -> Any:
 
 def knows_of_ranks(loader: Any) -> bool:
     """Whether what orders a loader's rows gives each of several processes its share."""
-    return isinstance(loader, DataLoader) and hasattr(_row_sampler(loader), "num_replicas")
+    return isinstance(loader, DataLoader) and hasattr(row_sampler(loader), "num_replicas")
 
 
 def dataset_size_of(loader: Any) -> int:
@@ -58,7 +59,7 @@ def dataset_size_of(loader: Any) -> int:
             "the loader has batch_size=None, so that an item of its data set is a batch and N "
             f"cannot be counted. {STATE_IT}"
         )
-    sampler = _row_sampler(loader)
+    sampler = row_sampler(loader)
     if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
         warn(
             f"{type(sampler).__name__} with weights or replacement changes how often a row is "

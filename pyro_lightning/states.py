@@ -1,7 +1,7 @@
 """Leaving random states and buffers as they were."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -23,10 +23,7 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+        _put_back(module, buffers)
 
 
 def forked_noise() -> Any:
@@ -86,6 +83,30 @@ def preserved_generators(generators: Iterable[Any]) -> Iterator[None]:
     finally:
         for put, state in states:
             put(state)
+
+
+def kept_state(module: nn.Module) -> Callable[[], None]:
+    """Remember random states and buffers of a module; returns what puts them back."""
+    python, numpy, noise = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    buffers = {name: b.clone() for name, b in module.named_buffers() if not is_lazy(b)}
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(noise)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+        _put_back(module, buffers)
+
+    return put_back
+
+
+def _put_back(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
 
 
 def drawing_in_python() -> Callable[[], bool]:

@@ -1,6 +1,7 @@
 """Several optimizer steps in one training step of Lightning's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -51,13 +52,16 @@ class ManySteps(WholeSteps):
         weighted = loss * self.batch_weight(batch) if whole else loss
         return weighted, StepResult(loss.detach(), rows, whole)
 
-    def _take_steps(self, batch: Any, real: Any, rows: int) -> list[StepResult]:
+    def _take_steps(self, batch: Any, real: Any, rows: int) -> list[StepResult | None]:
         """Take the optimizer steps of a batch of the loader, one for each mini-batch in it.
 
         Args:
             batch: The batch, repeated rows among its last: every rank takes as many steps.
             real: The batch without them.
             rows: How many rows that leaves.
+
+        Returns:
+            The result of each, None for one that was skipped.
         """
         optimizer: Any = self.optimizers()
         assert self._rows_per_step is not None
@@ -69,9 +73,10 @@ class ManySteps(WholeSteps):
         warn_of_shifted(self.trainer, count, self.steps_per_batch)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
-        results: list[StepResult] = []
+        results: list[StepResult | None] = []
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
+            self._at_part(done)
             if done >= len(parts):
                 results.append(self._take_step(whole[done], optimizer, before + done, repeats=True))
                 self._step_schedulers("step", before + done)
@@ -93,19 +98,53 @@ class ManySteps(WholeSteps):
                 if len(results) == done:  # arguments that are never the same twice
                     results.append(self._take_step(parts[done], optimizer, before + done))
                     self._step_schedulers("step", before + done)
+        self._at_part(None)
+        if all(result is not None for result in results):
+            if rows:
+                self._mark_rows(real)
+        else:
+            for number, result in enumerate(results[: len(parts)]):
+                if result is not None:
+                    self._mark_rows(parts[number])
         return results
+
+    def _at_part(self, number: int | None) -> None:
+        if self._in_hand is not None:
+            self._in_hand.part = number
 
     def _take_step(
         self, part: Any, optimizer: Any, index: int, repeats: bool = False
-    ) -> StepResult:
-        """Take a step through the hooks of automatic optimization, in their order."""
+    ) -> StepResult | None:
+        """Take a step; returns its result, None where it is skipped."""
+        rows = 0 if repeats else self.num_rows(data_of(part))
+        loss_of = partial(self._weighted_loss, part, rows)
+        # Before the optimizer is called, which could not be told to leave a step out. Its first
+        # call of the closure gets this loss; one that calls it again has begun to train.
+        tried = [self._attempt(loss_of, rows)] if self._skips else []
+        if None in tried:
+            self._pass_over_step(optimizer, index)
+            return None
         results: list[StepResult] = []
+
+        def weighted() -> torch.Tensor:
+            loss, result = (tried.pop() if tried else None) or loss_of()
+            results.append(result)
+            return loss
+
+        self._step(optimizer, index, weighted)
+        if not results:
+            raise RuntimeError(
+                f"{type(self).__name__}.optimizer_step did not compute the loss: call "
+                "optimizer.step(closure=optimizer_closure), or optimizer_closure()"
+            )
+        return results[-1]
+
+    def _step(self, optimizer: Any, index: int, loss_of: Callable[[], torch.Tensor]) -> None:
+        """Take a step through the hooks of automatic optimization, in their order."""
 
         @torch.enable_grad()
         def closure() -> torch.Tensor:
-            rows = 0 if repeats else self.num_rows(data_of(part))
-            loss, result = self._weighted_loss(part, rows)
-            results.append(result)
+            loss = loss_of()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_before_zero_grad(self.trainer, self, optimizer.optimizer)
             self.on_before_zero_grad(optimizer.optimizer)
@@ -115,14 +154,28 @@ class ManySteps(WholeSteps):
 
         done = self.trainer.global_step
         self.optimizer_step(self.current_epoch, index, optimizer, closure)
-        if not results:
-            raise RuntimeError(
-                f"{type(self).__name__}.optimizer_step did not compute the loss: call "
-                "optimizer.step(closure=optimizer_closure), or optimizer_closure()"
-            )
         # One that the user's hook leaves out counts as well, as it does for Lightning.
         count_optimizer_steps(self.trainer, done + 1 - self.trainer.global_step)
-        return results[-1]
+
+    def _pass_over(self, steps: int) -> torch.Tensor | None:
+        """Return what a training step returns that takes none; count as many as it would take."""
+        if self.steps_per_batch == 1:
+            return self._without_step()
+        if self.trainer.max_steps >= 0:
+            steps = min(steps, self.trainer.max_steps - self.trainer.global_step)
+        before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
+        optimizer: Any = self.optimizers()
+        for index in range(before, before + steps):
+            self._pass_over_step(optimizer, index)
+            self._step_schedulers("step", index)
+        return None
+
+    def _pass_over_step(self, optimizer: Any, index: int) -> None:
+        """Count a step that is not taken, as Lightning does; take part in those of other ranks."""
+        if self.trainer.world_size == 1:
+            count_optimizer_steps(self.trainer, 1)
+        else:
+            self._step(optimizer, index, self._zero)
 
     # -- whole steps, compiled -------------------------------------------------------------------
     def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
@@ -132,7 +185,7 @@ class ManySteps(WholeSteps):
 
     def _take_fused(
         self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
-    ) -> list[StepResult]:
+    ) -> list[StepResult | None]:
         losses: list[torch.Tensor] = []
         self.zero_grad()  # those of an eager step before
         weight = self.batch_weight(parts[numbers[0]]) if self._whole else 1.0
@@ -157,10 +210,15 @@ class ManySteps(WholeSteps):
         finally:
             fused.finish()
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
-        if not all(finite):
-            first = finite.index(False)
-            self._explain(parts[numbers[first]], losses[first])
-        return [StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses]
+        taken: list[StepResult | None] = [
+            StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses
+        ]
+        for place, fine in enumerate(finite):
+            if not fine:  # its step has changed nothing
+                self._at_part(numbers[place])
+                self._explain_or_skip(parts[numbers[place]], losses[place])
+                taken[place] = None
+        return taken
 
     def _inputs_of(
         self, parts: "Parts", numbers: list[int]
@@ -187,6 +245,16 @@ class ManySteps(WholeSteps):
         for number in numbers:
             cut = [each[number] if isinstance(each, tuple) else each for each in columns]
             yield rows and rows[number], cut, structure
+
+    def _explain_or_skip(self, part: Any, loss: torch.Tensor) -> None:
+        put_back = self._kept()
+        try:
+            self._explain(part, loss)
+        except ValueError as error:
+            if not self._skips or self._is_fatal(error):
+                raise
+            put_back()
+            self._leave_out(error, self.num_rows(data_of(part)))
 
     def _explain(self, part: Any, loss: torch.Tensor) -> None:
         self._run(part)  # names sites and rows

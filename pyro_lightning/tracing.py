@@ -20,6 +20,10 @@ class Untraceable(Exception):
     kind = "trace"
 
 
+class NotCompiled(RuntimeError):
+    """Says why a loss is not compiled, where the user wants it compiled or not at all."""
+
+
 class Traced(NamedTuple):
     """A loss and its gradients as a graph.
 

@@ -293,7 +293,9 @@ def test_nan_in_data_is_the_error_of_eager_and_names_the_row(steps):
         trainer = quiet_trainer(max_epochs=2, callbacks=[Keeps()])
         with pytest.raises(ValueError, match="the loss is nan") as caught:
             trainer.fit(svi, datamodule=data)
-        messages.append(str(caught.value))
+        batch, message = str(caught.value).split(": the loss is")
+        assert "at fault: 28 of the data set" in batch
+        messages.append(message)
         assert all(torch.isfinite(p).all() for p in svi.parameters())
         if options:
             assert svi._compiled.compilations == 1
@@ -316,7 +318,9 @@ def test_a_nan_in_a_parameter_is_the_error_of_eager(steps):
         trainer = quiet_trainer(max_epochs=2, callbacks=[Spoils()])
         with pytest.raises(ValueError) as caught:
             trainer.fit(svi, datamodule=data)
-        messages.append(str(caught.value))
+        batch, message = str(caught.value).split(": the loss")  # K = 4 is told with its part
+        assert batch.startswith("training batch 0 of epoch 1 ")
+        messages.append(message)
     assert messages[0] == messages[1]
 
 
