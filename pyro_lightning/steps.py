@@ -16,12 +16,12 @@ from pyro_lightning.compiled import CompiledLoss
 from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
-from pyro_lightning.resume import Resume
+from pyro_lightning.interrupts import Interrupts
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 from pyro_lightning.runs import Runs
 
 
-class ManySteps(Resume):
+class ManySteps(Interrupts):
     """Cuts a batch of the loader into mini-batches, and takes an optimizer step on each."""
 
     steps_per_batch: int
