@@ -129,7 +129,7 @@ class PyroSVIModule(Checkpoints):
     ) -> None:
         before = set(vars(self))
         super().__init__()
-        self._fit = FitState()
+        self._fit_state = FitState()
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None

@@ -25,15 +25,18 @@ def random_states(device: torch.device | None = None) -> dict[str, Any]:
         >>> torch.equal(first, torch.rand(2))
         True
     """
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
-    }
+    states, (version, words, gauss) = torch_states(device), random.getstate()
+    states["python"] = version, torch.tensor(words, dtype=torch.int64), gauss
     numpys: Any = np.random.get_state()
     name, keys, *numbers = numpys
     if name == _NUMPYS:
         states["numpy"] = (torch.tensor(keys.astype(np.int64)), *map(float, numbers))
+    return states
+
+
+def torch_states(device: torch.device | None = None) -> dict[str, Any]:
+    """Return those of :func:`random_states` that are torch's, in microseconds."""
+    states = {"torch": torch.get_rng_state()}
     if device is not None and device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states

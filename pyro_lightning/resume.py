@@ -1,13 +1,10 @@
 """Going on with a fit from a checkpoint, as if it had not been interrupted."""
 
-import signal
-from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 from torch.optim import Optimizer
 
@@ -19,6 +16,7 @@ from pyro_lightning.random_states import (
     random_states,
     set_generator_states,
     set_random_states,
+    torch_states,
 )
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.rest_of_epoch import draws_rows, generators_of, rest_of, seeds_of, set_seeds
@@ -35,7 +33,7 @@ class FitState:
         progress: Where that checkpoint stands.
         replaced: The training loaders, while others stand in for them.
         epoch_began: Random states when the rows of the epoch were drawn.
-        before_step: torch's random state before the step that is being taken.
+        before_step: torch's random states before the step that is being taken.
         before_validation: Random states before the validation that runs.
         validated: Whether the last validation has come to its end.
         updates: Whether the step that is being taken has begun to change what it cannot undo.
@@ -48,7 +46,7 @@ class FitState:
         self.progress: _lightning.Progress | None = None
         self.replaced: list[Any] | None = None
         self.epoch_began: dict[str, Any] | None = None
-        self.before_step: torch.Tensor | None = None
+        self.before_step: dict[str, Any] | None = None
         self.before_validation: dict[str, Any] | None = None
         self.validated = False
         self.updates = False
@@ -67,34 +65,33 @@ class Resume(Figures):
     its epoch were drawn: the same rows are drawn again, and those that are done left out.
     """
 
-    _fit: FitState
+    _fit_state: FitState
     _baselines: DecayingBaselines | None
 
     # -- saving --------------------------------------------------------------------------------
 
+    def _loaders(self) -> tuple[list[Any], list[Any]]:
+        """The loaders of training and of validation."""
+        trainer = self.trainer
+        return _lightning.training_loaders(trainer), _lightning.validation_loaders(trainer)
+
     def _snapshot(self) -> dict[str, Any]:
         """Return all random states of this process that a fit draws from."""
-        loaders = (
-            _lightning.training_loaders(self.trainer),
-            _lightning.validation_loaders(self.trainer),
-        )
         return {
             "random": random_states(self.trainer.strategy.root_device),
             "loaders": [
-                [generator_states(generators_of(loader)) for loader in each] for each in loaders
+                [generator_states(generators_of(loader)) for loader in loaders]
+                for loaders in self._loaders()
             ],
         }
 
     def _put_back(self, snapshot: dict[str, Any]) -> None:
         set_random_states(snapshot["random"], self.trainer.strategy.root_device)
-        loaders = (
-            _lightning.training_loaders(self.trainer),
-            _lightning.validation_loaders(self.trainer),
-        )
-        for loader, states in zip(chain(*loaders), chain(*snapshot["loaders"]), strict=False):
-            generators = generators_of(loader)
-            if len(generators) == len(states):
-                set_generator_states(generators, states)
+        for loaders, states in zip(self._loaders(), snapshot["loaders"], strict=True):
+            for loader, kept in zip(loaders, states, strict=False):
+                generators = generators_of(loader)
+                if len(generators) == len(kept):
+                    set_generator_states(generators, kept)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states of all processes, and what is known of the epoch so far.
@@ -106,7 +103,7 @@ class Resume(Figures):
         super().on_save_checkpoint(checkpoint)
         if "optimizer_states" not in checkpoint:
             return  # of weights alone, from which no fit goes on
-        state, trainer = self._fit, self.trainer
+        state, trainer = self._fit_state, self.trainer
         batch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         in_step = batch["ready"] > batch["processed"]
         if in_step and state.updates:
@@ -122,7 +119,7 @@ class Resume(Figures):
         else:
             now = self._snapshot()
         if in_step and state.before_step is not None:
-            now["random"]["torch"] = state.before_step
+            now["random"].update(state.before_step)
         epoch = self._epoch and (self._epoch[0].cpu(), self._epoch[1])
         rank = {
             "now": now,
@@ -153,7 +150,7 @@ class Resume(Figures):
 
     def setup(self, stage: str) -> None:
         """Begin to remember a fit."""
-        self._fit = FitState()
+        self._fit_state = FitState()
         super().setup(stage)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,7 +162,7 @@ class Resume(Figures):
         super().on_load_checkpoint(checkpoint)
         if not _lightning.resumes_fit(self) or "loops" not in checkpoint:
             return
-        state = self._fit
+        state = self._fit_state
         state.progress = _lightning.settle_progress(checkpoint["loops"]["fit_loop"])
         state.loaded = checkpoint.get(_KEY)
         if state.loaded is None:
@@ -192,7 +189,7 @@ class Resume(Figures):
 
     def _follow_loader(self, batch: Any) -> None:
         """Read the loader's sizes; refuse to train on without what a checkpoint holds."""
-        if self._fit.progress is not None:
+        if self._fit_state.progress is not None:
             raise RuntimeError(
                 "a fit that goes on from a checkpoint was to begin where it stands, in "
                 f"{type(self).__name__}.on_train_start: have yours call super().on_train_start()"
@@ -208,11 +205,10 @@ class Resume(Figures):
             ValueError: In the middle of an epoch, when the loader has another number of batches.
         """
         super().on_train_start()
-        self._fit.signals.hold(_lightning.signals_of(self.trainer))
-        progress = self._fit.progress
+        progress = self._fit_state.progress
         if progress is None:
             return
-        trainer, loaded = self.trainer, self._fit.loaded
+        trainer, loaded = self.trainer, self._fit_state.loaded
         rank: dict[str, Any] = {}
         if loaded is not None:
             rank = self._restore(loaded, progress)
@@ -233,7 +229,7 @@ class Resume(Figures):
         # Before the first batch of an epoch its rows are still to be drawn.
         if rank and progress.batches != 0:
             self._put_back(rank["now"])
-        self._fit.loaded = self._fit.progress = None
+        self._fit_state.loaded = self._fit_state.progress = None
 
     def _restore(self, loaded: dict[str, Any], progress: _lightning.Progress) -> dict[str, Any]:
         """Put back what is no random state; returns what was this process's own."""
@@ -264,7 +260,7 @@ class Resume(Figures):
     def _go_on_in_epoch(self, batches: int, rank: dict[str, Any]) -> None:
         """Have the loaders draw the rows of the epoch again, without those that are done."""
         trainer, loaders = self.trainer, _lightning.training_loaders(self.trainer)
-        self._fit.epoch_began = began = rank.get("epoch_began")
+        self._fit_state.epoch_began = began = rank.get("epoch_began")
         if any(_is_stateful(loader) for loader in loaders):
             return  # Lightning has given it back its state
         for loader, seeds in zip(loaders, rank.get("seeds", ()), strict=False):
@@ -274,7 +270,7 @@ class Resume(Figures):
             self._put_back(began)
         rests = [rest_of(loader, self._done_of(loader, batches)) for loader in loaders]
         _lightning.put_loaders(trainer, [loader for loader, _ in rests])
-        self._fit.replaced = loaders
+        self._fit_state.replaced = loaders
         _lightning.iterate(trainer, batches)
         for number, (_, rest) in enumerate(rests):
             if batches and not rest.skip():  # a loader whose __iter__ is a generator
@@ -286,13 +282,13 @@ class Resume(Figures):
             "The checkpoint is of a fit that was about to stop, and stops here, too. To train on, "
             "say for how long: Trainer(min_epochs=...)."
         )
-        self._fit.stops = in_epoch and _lightning.stop_after_epoch(self.trainer)
-        self.trainer.should_stop = not self._fit.stops
+        self._fit_state.stops = in_epoch and _lightning.stop_after_epoch(self.trainer)
+        self.trainer.should_stop = not self._fit_state.stops
 
     def _give_back_loaders(self) -> None:
-        if self._fit.replaced is not None:
-            _lightning.put_loaders(self.trainer, self._fit.replaced)
-            self._fit.replaced = None
+        if self._fit_state.replaced is not None:
+            _lightning.put_loaders(self.trainer, self._fit_state.replaced)
+            self._fit_state.replaced = None
 
     def _done_of(self, loader: Any, batches: int) -> int:
         """Count the batches of a loader that were taken since it last began."""
@@ -310,52 +306,48 @@ class Resume(Figures):
         """Remember the random states with which the rows of an epoch are drawn."""
         super().on_train_epoch_start()
         self._give_back_loaders()
-        self._fit.epoch_began = self._snapshot()
+        self._fit_state.epoch_began = self._snapshot()
         # Lightning has drawn those of the first epoch already, when nobody was asked.
         loaders = _lightning.training_loaders(self.trainer)
         if all(map(draws_rows, loaders)) and not _lightning.makes_iterator(self.trainer):
             _lightning.iterate(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """Remember the random state before a step."""
+        """Remember the random states before a step."""
         self._give_back_loaders()
-        self._fit.before_step, self._fit.updates = torch.get_rng_state(), False
+        self._fit_state.before_step = torch_states(self.trainer.strategy.root_device)
+        self._fit_state.updates = False
+        return super().on_train_batch_start(batch, batch_idx)
 
     def on_before_backward(self, loss: torch.Tensor) -> None:
         """Note that gradients that a later batch needs are about to change."""
+        super().on_before_backward(loss)
         if self.trainer.accumulate_grad_batches > 1:
-            self._fit.updates = True
+            self._fit_state.updates = True
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note that parameters are about to change."""
         super().on_before_optimizer_step(optimizer)
-        self._fit.updates = True
+        self._fit_state.updates = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Hand over the signals that came in the meantime."""
+        """Note that a step is over, and that no validation has followed it."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self._fit.before_step, self._fit.updates = None, False
-        self._fit.validated = False
-        self._hand_over_signals(self._signals_of_all())
+        state = self._fit_state
+        state.before_step, state.updates, state.validated = None, False, False
 
     def on_validation_model_zero_grad(self) -> None:
         """Remember the random states before a validation, whose loaders draw from here on."""
         super().on_validation_model_zero_grad()
-        self._fit.before_validation = self._snapshot()
+        self._fit_state.before_validation = self._snapshot()
 
     def on_validation_start(self) -> None:
         """Remember the random states before a validation."""
+        super().on_validation_start()
         if self._in_fit():
-            self._fit.validated = False
-            if self._fit.before_validation is None:
-                self._fit.before_validation = self._snapshot()
-
-    def on_validation_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Hand over signals; on several processes, which may have other batches, not here."""
-        if self._in_fit() and self.trainer.world_size == 1:
-            self._hand_over_signals(self._fit.signals.arrived)
+            self._fit_state.validated = False
+            if self._fit_state.before_validation is None:
+                self._fit_state.before_validation = self._snapshot()
 
     def on_validation_epoch_end(self) -> None:
         """Note that a validation is over, and go on with the random states before it.
@@ -364,48 +356,20 @@ class Resume(Figures):
         """
         super().on_validation_epoch_end()
         if self._in_fit():
-            self._fit.validated = True
-            if self._fit.before_validation is not None:
+            self._fit_state.validated = True
+            if self._fit_state.before_validation is not None:
                 device = self.trainer.strategy.root_device
-                set_random_states(self._fit.before_validation["random"], device)
-            self._fit.before_validation = None
+                set_random_states(self._fit_state.before_validation["random"], device)
+            self._fit_state.before_validation = None
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch; one that goes on ends as any other."""
         super().on_train_epoch_end()
         _lightning.end_restart(self.trainer)
-        self.trainer.should_stop |= self._fit.stops
-
-    def on_train_end(self) -> None:
-        """Have signals come when they come."""
-        super().on_train_end()
-        arrived = self._fit.signals.arrived
-        if self.trainer.world_size == 1:
-            self._hand_over_signals(arrived)
-        self._fit.signals.release()
+        self.trainer.should_stop |= self._fit_state.stops
 
     def _in_fit(self) -> bool:
         return self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-
-    # -- signals -------------------------------------------------------------------------------
-
-    def _signals_of_all(self) -> list[int]:
-        """List the signals that any process got, in one order on all of them.
-
-        They act on a signal together, after the same step: one alone would wait for the others.
-        """
-        if self.trainer.world_size == 1:
-            return self._fit.signals.arrived
-        flags = torch.zeros(signal.NSIG, device=self.trainer.strategy.root_device)
-        flags[self._fit.signals.arrived] = 1
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-        return flags.nonzero().flatten().tolist()
-
-    def _hand_over_signals(self, signals: list[int]) -> None:
-        for number in signals:
-            self._fit.signals.hand_over(number)
-            if number == signal.SIGTERM:
-                raise SIGTERMException  # as Lightning does, after the validation that may follow
 
 
 def _is_stateful(loader: Any) -> bool:

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -31,11 +31,18 @@ class HeldSignals:
         self._handlers: dict[int, Any] = {}
         self._arrived: list[int] = []
         self._process = 0
+        self._told: Callable[[int], None] = lambda _: None
 
-    def hold(self, signals: Iterable[int]) -> None:
-        """Take the place of the handlers of signals; in the main thread, which alone has any."""
+    def hold(self, signals: Iterable[int], told: Callable[[int], None] = lambda _: None) -> None:
+        """Take the place of the handlers of signals; in the main thread, which alone has any.
+
+        Args:
+            signals: Which.
+            told: Is called when one arrives.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
+        self._told = told
         self._process = os.getpid()
         for number in signals:
             self._handlers[number] = signal.signal(number, self._keep)
@@ -66,6 +73,7 @@ class HeldSignals:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
         elif number not in self._arrived:
-            self._arrived.append(signal.Signals(number))
+            self._arrived.append(number)
+            self._told(number)
         elif number == signal.SIGINT:
             self.hand_over(number)

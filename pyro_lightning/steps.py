@@ -192,7 +192,7 @@ class ManySteps(WholeSteps):
         inputs = self._inputs_of(parts, numbers)
         fused.scheduled = bool(self.trainer.lr_scheduler_configs)
         known: Any = None
-        self._fit.updates = True
+        self._fit_state.updates = True
         try:
             with torch.no_grad():
                 for number in numbers:

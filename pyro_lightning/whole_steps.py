@@ -9,7 +9,7 @@ from pyro_lightning._upstream import has_gradient_hooks
 from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss, asks_for_cuda_graphs
 from pyro_lightning.figures import StepResult
-from pyro_lightning.resume import Resume
+from pyro_lightning.interrupts import Interrupts
 from pyro_lightning.rows import IndexedBatch
 
 # What runs between loss and update, of the module and of callbacks.
@@ -24,7 +24,7 @@ _OF_MODULE = (
 )
 
 
-class WholeSteps(Resume):
+class WholeSteps(Interrupts):
     """Takes steps of which loss, gradients and update are one compiled call."""
 
     _compiled: CompiledLoss | None
@@ -81,13 +81,13 @@ class WholeSteps(Resume):
         weight = self.batch_weight(batch) if self._whole else 1.0
         try:
             inputs = fused.inputs
-            self._fit.updates = True
+            self._fit_state.updates = True
             with torch.no_grad():
                 loss = fused.step(inputs.rows, inputs.flat.tensors, weight)
         finally:
             fused.finish()
         if not torch.isfinite(loss):
-            self._fit.updates = False  # nothing has moved
+            self._fit_state.updates = False  # nothing has moved
             self._explain(batch, loss)
         self._stepped = True
         return loss * weight, StepResult(loss, inputs.batch_size, self._whole)

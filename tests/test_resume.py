@@ -15,15 +15,18 @@ from lightning.pytorch.callbacks import (
 from pyro.infer import TraceGraph_ELBO
 from resume_support import (
     ADAM,
+    Events,
     Fit,
     Saver,
     arrays,
+    assert_equal,
     assert_goes_on,
     global_model,
     make,
     model,
     rows,
 )
+from support import quiet_trainer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import (
     BatchSampler,
@@ -135,6 +138,31 @@ def test_a_fit_that_stopped_goes_on_for_as_long_as_it_is_told_to(tmp_path):
     assert again.trainer.current_epoch == 2
     again = Fit(make(), rows(val=6), [stopping], path, max_epochs=9, min_epochs=4)
     assert again.trainer.current_epoch == 4
+
+
+def test_the_noise_of_training_is_the_same_without_validations():
+    flags = {"max_epochs": 2, "val_check_interval": 2}
+    with_them, without = (Fit(make(), rows(val=6), **flags, limit_val_batches=n) for n in (1.0, 0))
+    assert_equal(with_them.state, without.state)
+    assert len(with_them.events.seen) > len(without.events.seen)
+
+
+def test_a_second_fit_of_a_trainer_goes_on(tmp_path):
+    """In its first epoch, and no other, Lightning makes a second iterator by itself."""
+
+    def fit(path=None, saver=()):
+        torch.manual_seed(0 if path is None else 9)
+        svi, data = make(global_model)(), loader(shuffle=True)
+        trainer = quiet_trainer(max_epochs=1, callbacks=[*saver], enable_checkpointing=bool(saver))
+        if path is None:
+            trainer.fit(svi, data)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(svi, data, ckpt_path=path)
+        return dict(svi.named_parameters())
+
+    saver = Saver(tmp_path, Events(), ["on_train_batch_end"])
+    whole = fit(saver=[saver])
+    assert_equal(fit(saver.saved[8][0]), whole)
 
 
 # -- state of the model --------------------------------------------------------------------------
