@@ -20,6 +20,7 @@ test: .venv/test
 examples: .venv/test
 	$(BIN)/python examples/flights.py --epochs 1 --rows 3000 --output .venv/examples
 	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
+	$(BIN)/python examples/streaming.py --rows 3000 --epochs 1 --output .venv/examples
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
 	$(BIN)/python benchmarks/reading.py --rows 100000 --batches 20 --rounds 1
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
@@ -38,8 +39,11 @@ examples: .venv/test
 	$(PIP) -e ".[examples]"
 	touch $@
 
+# litdata asks for torchvision, which is not used here. PyPI's is built for a GPU: beside the CPU
+# build of torch it cannot be imported, nor can torchmetrics, which imports it where it is installed.
 .venv/test: .venv/torch pyproject.toml
 	$(PIP) -e ".[test,dev]"
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:

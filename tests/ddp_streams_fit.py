@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from stream_support import N, RowsSeen, lit_loader, mean_of, web_loader
 
 from pyro_lightning import PyroSVIModule
@@ -61,12 +62,13 @@ def main(path: str) -> None:
         found["sizes"][name] = svi.all_gather(torch.tensor(svi.dataset_size)).tolist()
     svi = PyroSVIModule(
         mean_of,
+        partial(AutoNormal, init_scale=0.05),
         # Many particles: the noise of the sd's gradient is what keeps it from its limit.
         elbo=Trace_ELBO(num_particles=30, vectorize_particles=True),
         optimizer=partial(torch.optim.Adam, lr=0.05),
-        lr_scheduler=lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.85),
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.89),
     )
-    trainer, _ = fit(svi, partial(lit_loader, shuffle=True), epochs=30)
+    trainer, _ = fit(svi, partial(lit_loader, shuffle=True), epochs=40)
     draws = svi.posterior_samples(20_000)["mu"]
     found["mean"], found["sd"] = float(draws.mean()), float(draws.std())
     if trainer.is_global_zero:
