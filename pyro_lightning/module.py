@@ -66,8 +66,8 @@ class PyroSVIModule(Checkpoints):
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows; and whether each batch must be laid out as the first of its loader,
             with the same elements of the same types and numbers of dimensions. Sizes, parameters
-            that would not train, a likelihood that is not scaled, an ELBO that no batch can estimate, and losses that are not finite are errors in
-            any case.
+            that would not train, a likelihood that is not scaled, an ELBO that no batch can
+            estimate, and losses that are not finite are errors in any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
             what cannot be compiled is an error and not a warning; or a dict of ``torch.compile``'s
             options. See :class:`pyro_lightning.compiled.CompiledLoss`.
