@@ -229,8 +229,8 @@ def test_a_second_fit_on_other_data_has_its_own_size():
             torch.manual_seed(1)
             losses.append(svi.loss(regression_batch(5)).detach())
         if options:
-            # Of each size a whole step, and the loss alone.
-            assert svi._compiled.compilations == 4
+            # Of each size a whole step; the loss alone is compared with eager first.
+            assert svi._compiled.compilations == 2
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-5, atol=0)
 
 
