@@ -242,6 +242,7 @@ ANOTHER = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint has no random states")  # it holds weights alone
 @pytest.mark.parametrize("name", ANOTHER)
 def test_the_error_lists_what_differs(name, tmp_path):
     there, (model, guide), message = ANOTHER[name]

@@ -131,6 +131,7 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
         "compile",
         "steps_per_batch",
         "save_example",
+        "bad_batches",
     } == set(shown)
 
 
