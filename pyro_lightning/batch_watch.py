@@ -25,6 +25,8 @@ class BatchWatch(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the loader, and go on with what a checkpoint has counted."""
+        if not _is_served(pl_module):
+            return
         self._watch(trainer, pl_module)
         pl_module._passes["training"] = Skipped()
         if self._restored is not None:
@@ -34,6 +36,8 @@ class BatchWatch(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count; watch a loader that was made anew."""
+        if not _is_served(pl_module):
+            return
         self._watch(trainer, pl_module)
         pl_module._passes["training"] = Skipped()
         if trainer.reload_dataloaders_every_n_epochs:
@@ -41,6 +45,8 @@ class BatchWatch(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the loaders of an evaluation."""
+        if not _is_served(pl_module):
+            return
         self._watch(trainer, pl_module)
         pl_module._passes[stage_name(trainer)] = Skipped()
 
@@ -59,7 +65,7 @@ class BatchWatch(Callback):
         Raises:
             ValueError: Where all batches were skipped.
         """
-        if not pl_module._skips:
+        if not _is_served(pl_module) or not pl_module._skips:
             return
         counts = self._close(trainer, pl_module, "training", "train")
         before = pl_module.dataset_size
@@ -78,7 +84,7 @@ class BatchWatch(Callback):
         Raises:
             ValueError: Where it skipped all.
         """
-        if not pl_module._skips or trainer.sanity_checking:
+        if not _is_served(pl_module) or not pl_module._skips or trainer.sanity_checking:
             return
         stage = stage_name(trainer)
         short = "test" if stage == "test" else "val"
@@ -121,7 +127,7 @@ class BatchWatch(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Keep what was counted."""
-        if pl_module._skips and "training" in pl_module._passes:
+        if _is_served(pl_module) and pl_module._skips and "training" in pl_module._passes:
             counts = {**vars(pl_module._passes["training"])}
             kept = {"unusable": pl_module._unusable, "counts": counts}
             checkpoint["pyro_lightning_skipped"] = kept
@@ -129,3 +135,8 @@ class BatchWatch(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Read what was counted."""
         self._restored = checkpoint.get("pyro_lightning_skipped")
+
+
+def _is_served(module: Any) -> bool:
+    """Whether a module counts what it skips; a Trainer keeps its callbacks for whatever it fits."""
+    return hasattr(module, "_passes")

@@ -76,6 +76,27 @@ def differences(now: Any, before: Any, path: str = "batch") -> Iterator[str]:
             yield f"{path} has {now[1]} dimensions, and had {before[1]}"
 
 
+def of_same_fields(now: Any, before: Any) -> bool:
+    """Whether the fields that two layouts share are laid out alike.
+
+    A mapping may leave fields out, which are keywords that have a default: some rows have labels.
+
+    Example:
+        >>> labelled = {"x": torch.zeros(2), "y": torch.zeros(2)}
+        >>> of_same_fields(layout_of({"x": torch.ones(5)}), layout_of(labelled))
+        True
+    """
+    kind = _kind(now)
+    if kind != _kind(before):
+        return False
+    if kind == _MAPPING:
+        return all(of_same_fields(now[1][key], before[1][key]) for key in now[1].keys() & before[1])
+    if kind == _SEQUENCE:
+        same = len(now[1]) == len(before[1])
+        return same and all(map(of_same_fields, now[1], before[1]))
+    return bool(now == before)
+
+
 def _kind(layout: Any) -> Any:
     if not isinstance(layout, tuple):
         return layout

@@ -231,8 +231,6 @@ ODD = {
     "integers": (ZERO, ZERO.long(), "batch is int64, and was float32"),
     "dimensions": (ZERO, ZERO[None], "batch has 2 dimensions, and had 1"),
     "elements": ((ZERO, ZERO), (ZERO,), "batch has 1 elements, and had 2"),
-    "missing": ({"x": ZERO, "y": ZERO}, {"x": ZERO}, r"batch\['y'\] is missing"),
-    "new": ({"x": ZERO}, {"x": ZERO, "y": ZERO}, r"batch\['y'\] is new"),
     "container": ({"x": ZERO}, (ZERO,), "batch is a sequence of 1 elements, and was a mapping"),
     "no tensor": ((ZERO, ZERO), (ZERO, "a"), r"batch\[1\] is a .*, and was a tensor of float32"),
 }

@@ -145,7 +145,7 @@ def test_whole_steps_in_compiled_code_skip_what_eager_ones_do():
         return fit(data, model, AutoDelta, steps_per_batch=2, compile=compile, dataset_size=N)
 
     (svi, trainer), (other, reference) = still(AS_TRACED), still(False)
-    assert svi._compiled.compilations > 1
+    assert any(entry.fused is not None for entry in svi._compiled._entries)
     for name in ("train_skipped_batches", "train_skipped_rows"):
         assert trainer.callback_metrics[name] == reference.callback_metrics[name] > 0
     assert svi.dataset_size == other.dataset_size == N - 2
