@@ -64,7 +64,8 @@ def test_noise_is_fresh_at_each_step_and_equal_by_seed():
     assert len(several.unique()) == 50
     torch.manual_seed(5)
     again = torch.stack([svi.loss(batch).detach() for _ in range(50)])
-    assert torch.equal(several, again)
+    # Not bit for bit: steps that are compared with eager, others in each, sum in another order.
+    torch.testing.assert_close(several, again, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
