@@ -17,6 +17,8 @@ from lives import Life
 
 def main(path):
     found = {}
+    # In the background a shell has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as name:
         for world in (1, 2):
 

@@ -36,9 +36,12 @@ def keeps(folder):
 def handlers():
     """Handlers of signals, which are the same afterwards."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    # Where tests run in the background, a shell has Ctrl-C ignored.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGINT, found)
 
 
 @pytest.mark.parametrize(
