@@ -37,7 +37,9 @@ def run_processes(
     """
     # One thread a process: there are as many processes as cores.
     path_of_modules = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
+    # A seed that another test's command line has set, Lightning would set on all ranks.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
