@@ -96,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000, help="N")
     parser.add_argument("--batch-size", type=int, default=250, help="B")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--devices", type=int, default=1, help="processes on the CPU")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of each")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the figure")
