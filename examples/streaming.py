@@ -74,8 +74,8 @@ class Curve(Callback):
     def __init__(self):
         self.losses = []
 
-    def on_train_epoch_end(self, trainer, module):
-        self.losses.append(float(trainer.callback_metrics["train_loss_per_obs"]))
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]) / module.dataset_size)
 
 
 def draw(found, exact, losses, path):
@@ -86,9 +86,9 @@ def draw(found, exact, losses, path):
         bars = dict(fmt="o", ms=4, color=colour, label=name)
         left.errorbar(at + shift, mean - exact[0], 2 * sd, **bars)
     left.set(title="Coefficients less the full-data estimate, 2 sd", xlabel="coefficient")
-    left.legend(frameon=False)
-    right.plot(range(1, len(losses) + 1), losses, "o-", ms=3)
-    right.set(title="Loss, nats a row", xlabel="epoch")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    right.plot(losses, lw=0.3, color="tab:blue")
+    right.set(title="Loss of each batch of the first process, nats a row", xlabel="step")
     figure.savefig(path, dpi=130)
 
 
@@ -96,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000, help="N")
     parser.add_argument("--batch-size", type=int, default=250, help="B")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--devices", type=int, default=1, help="processes on the CPU")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of each")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the figure")

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from stream_support import N, RowsSeen, lit_loader, mean_of, web_loader
+from stream_support import N, RowsSeen, SavedAt, lit_loader, mean_of, web_loader
 
 from pyro_lightning import PyroSVIModule
 
@@ -28,7 +28,7 @@ class Streams(LightningDataModule):
         return self.make(Path.cwd())
 
 
-def fit(svi, make, epochs):
+def fit(svi, make, epochs, ckpt=None):
     """Fit; returns the Trainer, and the rows of each rank in the last epoch."""
     seen = RowsSeen()
     trainer = Trainer(
@@ -40,9 +40,9 @@ def fit(svi, make, epochs):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[seen],
+        callbacks=[seen, SavedAt(7, "step-7.ckpt")],
     )
-    trainer.fit(svi, datamodule=Streams(make))
+    trainer.fit(svi, datamodule=Streams(make), ckpt_path=ckpt)
     return trainer, svi.all_gather(torch.tensor(sum(seen.epochs[epochs - 1], []))).tolist()
 
 
@@ -60,6 +60,9 @@ def main(path: str) -> None:
         svi = PyroSVIModule(mean_of, dataset_size=None if name.startswith("lit") else N)
         _, found["rows"][name] = fit(svi, make, epochs=1)
         found["sizes"][name] = svi.all_gather(torch.tensor(svi.dataset_size)).tolist()
+    make = partial(lit_loader, shuffle=True)
+    _, found["rows"]["first"] = fit(PyroSVIModule(mean_of), make, epochs=1)
+    _, found["rows"]["rest"] = fit(PyroSVIModule(mean_of), make, epochs=1, ckpt="step-7.ckpt")
     svi = PyroSVIModule(
         mean_of,
         partial(AutoNormal, init_scale=0.05),
@@ -68,7 +71,7 @@ def main(path: str) -> None:
         optimizer=partial(torch.optim.Adam, lr=0.05),
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.89),
     )
-    trainer, _ = fit(svi, partial(lit_loader, shuffle=True), epochs=40)
+    trainer, _ = fit(svi, make, epochs=40)
     draws = svi.posterior_samples(20_000)["mu"]
     found["mean"], found["sd"] = float(draws.mean()), float(draws.std())
     if trainer.is_global_zero:

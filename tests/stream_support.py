@@ -65,3 +65,14 @@ class RowsSeen(Callback):
     def rows(self):
         """The rows of each epoch, sorted."""
         return [sorted(sum(epoch, [])) for epoch in self.epochs.values()]
+
+
+class SavedAt(Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)

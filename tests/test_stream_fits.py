@@ -1,11 +1,12 @@
 """Fits from shards on disk: each row once an epoch, N, and going on in the middle of an epoch."""
 
 import pytest
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import LightningDataModule
 from stream_support import (
     B,
     N,
     RowsSeen,
+    SavedAt,
     lit_loader,
     mean_of,
     quiet,
@@ -86,17 +87,6 @@ def test_a_data_set_made_where_there_were_other_processes_is_refused(monkeypatch
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match="rank 0 of 2, but this is rank 0 of 1.*Make it in setup"):
         quiet_trainer(max_epochs=1).fit(PyroSVIModule(mean_of, dataset_size=N), early)
-
-
-class SavedAt(Callback):
-    """Saves a checkpoint after a step."""
-
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

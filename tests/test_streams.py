@@ -83,6 +83,20 @@ def test_rows_left_out_in_turns_are_not_warned_of(second_of_two, shards):
     assert dataset_size_of(lit_loader(shards, rows=slice(103), shuffle=True)) == 103
 
 
+def test_whole_chunks_of_a_parallel_file_system_are_warned_of(monkeypatch, shards):
+    # litdata shares whole chunks out there, the same in every epoch: 15 of 70 rows, the last of 20.
+    monkeypatch.setenv("LITDATA_POSIX_FAST", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    loaders = []
+    for rank in "01":
+        monkeypatch.setenv("GLOBAL_RANK", rank)
+        loaders.append(lit_loader(shards, shuffle=True))
+    seen = sum(len(batch["row"]) for loader in loaders for batch in loader)
+    assert seen < N
+    with pytest.warns(UserWarning, match=f"the same {N - seen} of {N} rows"):
+        assert dataset_size_of(loaders[0]) == N
+
+
 class Chosen(litdata.StreamingDataset):
     """Leaves rows out as it goes."""
 
