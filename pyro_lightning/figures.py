@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 
 from pyro_lightning._lightning import logs_this_step
 from pyro_lightning.bad_batches import BadBatches
@@ -21,6 +22,18 @@ class StepResult(NamedTuple):
     loss: torch.Tensor
     rows: int
     whole: bool
+
+
+class EpochFigures(Callback):
+    """Logs the figures of an epoch before other callbacks come to its end.
+
+    Callbacks have their hook before the module has, and would find those of the last step.
+    """
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the steps have added up."""
+        if isinstance(pl_module, Figures):
+            pl_module._log_epoch()
 
 
 class Figures(BadBatches):
@@ -99,7 +112,25 @@ class Figures(BadBatches):
         total, count = self._epoch or (torch.zeros_like(per_obs), 0)
         self._epoch, self._shown = (total + per_obs * rows, count + rows), per_obs
 
+    def _log_epoch(self) -> None:
+        """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
+        if self._epoch is None and self._skips and self.trainer.world_size > 1:
+            self._epoch = torch.zeros((), device=self.device), 0  # others have trained
+        if self._epoch is None:  # a training_step of the user's own may not add to it
+            return
+        total, rows = self._epoch
+        mean = total / max(rows, 1)
+        self.log_mean("train_loss", mean * self._known_size(), rows)
+        self.log_mean("train_loss_per_obs", mean, rows)
+
     # -- hooks ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have figures logged first."""
+        held: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(each, EpochFigures) for each in held):
+            held.insert(0, EpochFigures())
+        super().setup(stage)
 
     def on_train_epoch_start(self) -> None:
         """Begin the figures of an epoch."""
@@ -116,14 +147,6 @@ class Figures(BadBatches):
         self.log(name, self._shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def on_train_epoch_end(self) -> None:
-        """Log ``train_loss`` and ``train_loss_per_obs`` of the epoch."""
+        """End the figures of an epoch."""
         super().on_train_epoch_end()
-        if self._epoch is None and self._skips and self.trainer.world_size > 1:
-            self._epoch = torch.zeros((), device=self.device), 0  # others have trained
-        if self._epoch is None:  # a training_step of the user's own may not add to it
-            return
-        total, rows = self._epoch
-        mean = total / max(rows, 1)
-        self.log_mean("train_loss", mean * self._known_size(), rows)
-        self.log_mean("train_loss_per_obs", mean, rows)
         self._epoch = None

@@ -66,6 +66,30 @@ def test_train_loss_of_an_epoch_is_that_of_the_full_data(shuffle):
     assert float(metrics["train_loss"]) == pytest.approx(by_hand(DATA), rel=1e-5)
 
 
+class AtTheEnd(Callback):
+    """Keeps what a callback finds in its hook of an epoch's end."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        names = "train_loss", "train_loss_per_obs"
+        self.found = [float(trainer.callback_metrics[name]) for name in names]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("arrays", [ArrayDataModule(DATA, B), ArrayDataModule(DATA, B, val=DATA)])
+def test_callbacks_find_the_loss_of_an_epoch_at_its_end(arrays, steps):
+    callback = AtTheEnd()
+    fitted(still(steps_per_batch=steps), arrays, callbacks=[callback], max_epochs=2)
+    expected = by_hand(DATA)
+    assert callback.found == pytest.approx([expected, expected / N], rel=1e-5)
+
+
+def test_callbacks_find_the_loss_of_an_epoch_that_is_cut_short():
+    callback = AtTheEnd()
+    arrays = data(shuffle=False)
+    fitted(still(), arrays, callbacks=[callback], max_epochs=2, limit_train_batches=2)
+    assert callback.found[0] == pytest.approx(by_hand(DATA[: 2 * B]), rel=1e-5)
+
+
 def test_val_loss_stands_for_the_training_rows():
     metrics = fitted(still()).callback_metrics
     assert float(metrics["val_loss"]) == pytest.approx(by_hand(HELD_OUT, count=N), rel=1e-5)
