@@ -1,18 +1,17 @@
 """When compiled code that is trusted is compared with eager again."""
 
-import time
-
 # Steps between two comparisons: they double, as long as nothing is found.
-_FIRST, _LONGEST = 16, 1000
-_ALWAYS = 16  # comparisons that are made whatever they take
-_SHARE = 0.01  # of the time, which those that follow may take
+_FIRST, _LONGEST = 16, 10_000
+_EARLY = 16  # comparisons that the start of an epoch calls for, however short epochs are
+_EPOCH = 2_000  # steps since the last comparison, after which it does so later on
 
 
 class Schedule:
     """Tells when a comparison is due: in the first step of an epoch, and after so many steps.
 
-    Callbacks change what a model reads as an epoch starts. A comparison takes as long as many
-    compiled steps: after the first few there are as many as take a hundredth of the time.
+    Callbacks change what a model reads as an epoch starts. A comparison takes as long as a hundred
+    compiled steps of a small model, so that short epochs do without once there have been some. It
+    is steps that are counted, and no time, so that the same seed gives the same numbers.
 
     Attributes:
         last: The count of steps at the last comparison.
@@ -28,8 +27,6 @@ class Schedule:
         self._epoch = epoch
         self._interval = _FIRST
         self._count = 0
-        self._spent = 0.0
-        self._began = time.monotonic()
 
     def due(self, steps: int, epoch: int | None) -> bool:
         """Whether to compare, before a step.
@@ -38,16 +35,13 @@ class Schedule:
             steps: The count of compiled steps.
             epoch: The Trainer's, where there is one.
         """
-        if epoch == self._epoch and steps - self.last < self._interval:
-            return False
-        if self._count < _ALWAYS:
-            return True
-        return self._spent <= _SHARE * (time.monotonic() - self._began)
+        since = steps - self.last
+        starts = epoch != self._epoch and (self._count < _EARLY or since >= _EPOCH)
+        return starts or since >= self._interval
 
-    def done(self, steps: int, epoch: int | None, seconds: float) -> None:
+    def done(self, steps: int, epoch: int | None) -> None:
         """Take note of a comparison that found nothing."""
         if steps - self.last >= self._interval:
             self._interval = min(2 * self._interval, _LONGEST)
         self.last, self._epoch = steps, epoch
         self._count += 1
-        self._spent += seconds

@@ -1,6 +1,5 @@
 """Compiled losses of a module: one for each batch shape, compared with eager before its use."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -292,7 +291,7 @@ class CompiledLoss:
         """
         program, schedule = entry.program, entry.schedule
         assert program is not None
-        began, steps, epoch = time.monotonic(), program.steps, _epoch(module)
+        steps, epoch = program.steps, _epoch(module)
         parameters = trained(module)
         with failing(entry):
             found = of_graph(module, program, inputs, parameters)
@@ -310,7 +309,7 @@ class CompiledLoss:
         entry.compared = True
         entry.largest = max(entry.largest, largest_gradient(expected))
         if schedule is not None:
-            schedule.done(steps, epoch, time.monotonic() - began)
+            schedule.done(steps, epoch)
         elif not same:
             entry.schedule, entry.traced_on = Schedule(steps, epoch), []
 

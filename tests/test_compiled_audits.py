@@ -10,7 +10,7 @@ from pyro.infer import TraceGraph_ELBO
 from support import no_validation, quiet_trainer
 
 from pyro_lightning import ArrayDataModule, PyroSVIModule
-from pyro_lightning.audits import _ALWAYS, _FIRST, _LONGEST, Schedule
+from pyro_lightning.audits import _EARLY, _EPOCH, _FIRST, _LONGEST, Schedule
 
 
 class Unseen:
@@ -160,19 +160,42 @@ def test_baselines_move_as_in_eager_steps():
 
 def test_comparisons_become_rarer():
     schedule, due = Schedule(steps=0, epoch=None), []
-    for step in range(3 * _LONGEST):
+    for step in range(5 * _LONGEST):
         if schedule.due(step, epoch=None):
             due.append(step)
-            schedule.done(step, None, 0.0)
+            schedule.done(step, None)
     gaps = [after - before for before, after in zip(due, due[1:], strict=False)]
     assert due[0] == _FIRST
     assert gaps == sorted(gaps)
     assert gaps[-1] == _LONGEST
 
 
-def test_comparisons_that_take_their_share_of_the_time_wait():
-    schedule = Schedule(steps=0, epoch=0)
-    for epoch in range(1, _ALWAYS + 1):
-        assert schedule.due(1, epoch)
-        schedule.done(1, epoch, seconds=1e6)
-    assert not schedule.due(10 * _LONGEST, epoch=_ALWAYS + 1)
+def test_short_epochs_call_for_few_comparisons():
+    schedule, due = Schedule(steps=0, epoch=0), []
+    for step in range(1, 20 * _EPOCH):
+        epoch = step // 10
+        if schedule.due(step, epoch):
+            due.append(epoch)
+            schedule.done(step, epoch)
+    assert due[:_EARLY] == list(range(1, _EARLY + 1))
+    gaps = [after - before for before, after in zip(due[_EARLY:], due[_EARLY + 1 :], strict=False)]
+    assert gaps == sorted(gaps)
+    assert 10 * gaps[-1] == _EPOCH
+
+
+def test_long_epochs_are_compared_in_their_first_step():
+    schedule, due = Schedule(steps=0, epoch=0), []
+    for step in range(20 * _LONGEST):
+        epoch = step // _LONGEST
+        if schedule.due(step, epoch):
+            due.append(step)
+            schedule.done(step, epoch)
+    assert set(range(_LONGEST, 20 * _LONGEST, _LONGEST)) <= set(due)
+
+
+def test_a_seed_gives_the_same_numbers_again():
+    found = []
+    for _ in range(2):
+        unseen = Unseen()
+        found.append(losses(made(unseen, compile=AS_TRACED), range(4 * _FIRST)))
+    assert torch.equal(*found)
