@@ -17,9 +17,7 @@ _Result = TypeVar("_Result")
 @contextmanager
 def preserved_buffers(module: nn.Module) -> Iterator[None]:
     """Put back the buffers of a module, such as the running statistics of BatchNorm."""
-    buffers = {
-        name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)
-    }
+    buffers = _kept_buffers(module)
     try:
         yield
     finally:
@@ -50,13 +48,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def preserved_state(module: nn.Module) -> Iterator[None]:
     """Put back the random states of Python, NumPy and torch, and the buffers of a module."""
-    python, numpy = random.getstate(), np.random.get_state()
+    put_back = kept_state(module)
     try:
-        with forked_noise(), preserved_buffers(module):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        put_back()
 
 
 @contextmanager
@@ -87,19 +83,33 @@ def preserved_generators(generators: Iterable[Any]) -> Iterator[None]:
 
 def kept_state(module: nn.Module) -> Callable[[], None]:
     """Remember random states and buffers of a module; returns what puts them back."""
+    noise, buffers = kept_noise(), _kept_buffers(module)
+
+    def put_back() -> None:
+        noise()
+        _put_back(module, buffers)
+
+    return put_back
+
+
+def kept_noise() -> Callable[[], None]:
+    """Remember the random states of Python, NumPy and torch; returns what puts them back."""
     python, numpy, noise = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    buffers = {name: b.clone() for name, b in module.named_buffers() if not is_lazy(b)}
+    # Of devices in use: CUDA is not started by a look at it.
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_gpus = torch.cuda.get_rng_state_all() if used else []
 
     def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(noise)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
-        _put_back(module, buffers)
+        torch.cuda.set_rng_state_all(on_gpus)
 
     return put_back
+
+
+def _kept_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b.clone() for name, b in module.named_buffers() if not is_lazy(b)}
 
 
 def _put_back(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
@@ -129,12 +139,10 @@ def drawing(run: Callable[[], _Result]) -> tuple[_Result, bool]:
         >>> drawing(lambda: torch.rand(3))[1]
         True
     """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    put_back, noise = kept_noise(), torch.get_rng_state()
     in_python = drawing_in_python()
     result = run()
-    drew = in_python() or not torch.equal(before[2], torch.get_rng_state())
+    drew = in_python() or not torch.equal(noise, torch.get_rng_state())
     if drew:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        put_back()
     return result, drew
