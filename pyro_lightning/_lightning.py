@@ -87,6 +87,20 @@ def loaders_of_batch(module: LightningModule, dataloader_idx: int) -> list[Any]:
     return [combined.flattened[dataloader_idx]] if in_turn else combined.flattened
 
 
+def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
+    """List the loaders of ``"training"``, ``"validation"`` or ``"test"``, as they are iterated over.
+
+    None before they are made.
+    """
+    loops: dict[str, list[Any]] = {
+        "training": [trainer.fit_loop],
+        "validation": [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop],
+        "test": [trainer.test_loop],
+    }
+    found = (loop._combined_loader for loop in loops[stage])
+    return next((list(each.flattened) for each in found if each is not None), [])
+
+
 def unshared(loader: Any) -> Any:
     """A loader as it was before Lightning shared out a sampler that is no torch's own."""
     sampler = getattr(loader, "sampler", None)
@@ -210,18 +224,6 @@ def _set_all(tracker: dict[str, int], value: int) -> None:
     tracker.update(dict.fromkeys(tracker, value))
 
 
-def training_loaders(trainer: Trainer) -> list[Any]:
-    """List the loaders of a fit, as Lightning iterates over them."""
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
-
-
-def validation_loaders(trainer: Trainer) -> list[Any]:
-    """List the loaders of the validations of a fit, if they are there yet."""
-    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
-
-
 def put_loaders(trainer: Trainer, loaders: list[Any]) -> None:
     """Have Lightning iterate over other loaders, from the next iterator on."""
     combined = trainer.fit_loop._combined_loader
@@ -249,7 +251,7 @@ def iterate(trainer: Trainer, done: int = 0) -> None:
     """Make a new iterator of the training loaders, ``done`` batches of which do not come."""
     fetcher, epoch = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_progress.current
     assert fetcher is not None
-    for loader in training_loaders(trainer):
+    for loader in loaders_of(trainer, "training"):
         _set_sampler_epoch(loader, epoch.processed)  # type: ignore[attr-defined]
     iter(fetcher)
     # Lightning adds `done` to what was fetched, and only then is at the end with the next batch.
@@ -326,11 +328,6 @@ def step_plateau_schedulers(trainer: Trainer, epoch: int) -> None:
         value = trainer.callback_metrics.get(str(config.monitor))
         if config.reduce_on_plateau and due and value is not None:
             module.lr_scheduler_step(config.scheduler, value)
-
-
-def accumulates(trainer: Trainer) -> bool:
-    """Whether gradients stand that a later batch adds to."""
-    return trainer.fit_loop._should_accumulate()
 
 
 def signals_of(trainer: Trainer) -> list[int]:

@@ -7,11 +7,12 @@ import torch
 from torch import distributed
 from torch.optim import Optimizer
 
+from pyro_lightning._lightning import loaders_of
 from pyro_lightning.batch_watch import BatchWatch
 from pyro_lightning.batches import rows_at_set_up
 from pyro_lightning.diagnosis import LOOK_FURTHER, NonFiniteLoss
 from pyro_lightning.gather import gather_rows
-from pyro_lightning.in_hand import InHand, batches_of, loaders_of
+from pyro_lightning.in_hand import InHand, batches_of
 from pyro_lightning.layout import layout_of, of_same_fields, trailing_shapes
 from pyro_lightning.logged_steps import LoggedSteps
 from pyro_lightning.retold import brief, retell

@@ -1,10 +1,10 @@
 """The batch that is run, for errors to name it with its rows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from pyro_lightning._lightning import loaders_of
 from pyro_lightning.batches import named_tensors
 from pyro_lightning.diagnosis import NonFiniteLoss
 from pyro_lightning.layout import differences, layout_of, trailing_shapes
@@ -88,15 +88,6 @@ class InHand:
                 if now.get(path, shape) != shape
             ]
         return f" Unlike the first batch: {'; '.join(found)}." if found else ""
-
-
-def loaders_of(trainer: Any, stage: str) -> list[Any]:
-    """List the loaders of a stage."""
-    names = {"validation": "val_dataloaders", "test": "test_dataloaders"}
-    loaders = getattr(trainer, names.get(stage, "train_dataloader"))
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, tuple | list) else [loaders]
 
 
 def batches_of(trainer: Any, stage: str, loader: int) -> float:

@@ -73,7 +73,9 @@ class Resume(Figures):
     def _loaders(self) -> tuple[list[Any], list[Any]]:
         """The loaders of training and of validation."""
         trainer = self.trainer
-        return _lightning.training_loaders(trainer), _lightning.validation_loaders(trainer)
+        return _lightning.loaders_of(trainer, "training"), _lightning.loaders_of(
+            trainer, "validation"
+        )
 
     def _snapshot(self) -> dict[str, Any]:
         """Return all random states of this process that a fit draws from."""
@@ -124,7 +126,7 @@ class Resume(Figures):
         rank = {
             "now": now,
             "epoch_began": state.epoch_began,
-            "seeds": [seeds_of(loader) for loader in _lightning.training_loaders(trainer)],
+            "seeds": [seeds_of(loader) for loader in _lightning.loaders_of(trainer, "training")],
             "epoch": epoch,
             "baselines": self._baselines and self._baselines.get_extra_state(),
             "gradients": self._unused_gradients(batch["processed"]),
@@ -259,7 +261,7 @@ class Resume(Figures):
 
     def _go_on_in_epoch(self, batches: int, rank: dict[str, Any]) -> None:
         """Have the loaders draw the rows of the epoch again, without those that are done."""
-        trainer, loaders = self.trainer, _lightning.training_loaders(self.trainer)
+        trainer, loaders = self.trainer, _lightning.loaders_of(self.trainer, "training")
         self._fit_state.epoch_began = began = rank.get("epoch_began")
         if any(_is_stateful(loader) for loader in loaders):
             return  # Lightning has given it back its state
@@ -308,7 +310,7 @@ class Resume(Figures):
         self._give_back_loaders()
         self._fit_state.epoch_began = self._snapshot()
         # Lightning has drawn those of the first epoch already, when nobody was asked.
-        loaders = _lightning.training_loaders(self.trainer)
+        loaders = _lightning.loaders_of(self.trainer, "training")
         if all(map(draws_rows, loaders)) and not _lightning.makes_iterator(self.trainer):
             _lightning.iterate(self.trainer)
 

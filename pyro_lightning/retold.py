@@ -1,8 +1,6 @@
 """Errors told once more, with where they arose."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import WrapperDescriptorType
 from typing import NoReturn
 
@@ -75,12 +73,3 @@ def _made(error: Exception, where: str, more: str) -> Exception | None:
 
 
 _BUILT_IN = (Exception.__str__, KeyError.__str__, OSError.__str__)
-
-
-@contextmanager
-def telling(where: str) -> Iterator[None]:
-    """Add to errors where they arose."""
-    try:
-        yield
-    except Exception as error:
-        retell(error, where)
