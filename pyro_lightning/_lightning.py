@@ -88,7 +88,7 @@ def loaders_of_batch(module: LightningModule, dataloader_idx: int) -> list[Any]:
 
 
 def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
-    """List the loaders of ``"training"``, ``"validation"`` or ``"test"``, as they are iterated over.
+    """List the loaders of ``"training"``, ``"validation"`` or ``"test"``, as they are gone through.
 
     None before they are made.
     """

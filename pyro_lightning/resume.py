@@ -1,5 +1,6 @@
 """Going on with a fit from a checkpoint, as if it had not been interrupted."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,10 +73,8 @@ class Resume(Figures):
 
     def _loaders(self) -> tuple[list[Any], list[Any]]:
         """The loaders of training and of validation."""
-        trainer = self.trainer
-        return _lightning.loaders_of(trainer, "training"), _lightning.loaders_of(
-            trainer, "validation"
-        )
+        of = partial(_lightning.loaders_of, self.trainer)
+        return of("training"), of("validation")
 
     def _snapshot(self) -> dict[str, Any]:
         """Return all random states of this process that a fit draws from."""
