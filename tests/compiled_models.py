@@ -26,6 +26,7 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
 )
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.ops.indexing import Vindex
 from torch import nn
 
 from pyro_lightning import IndexedBatch, PyroSVIModule
@@ -193,6 +194,16 @@ def mixture(x):
 
 
 @config_enumerate
+def broadcast_mixture(x):
+    """The same, for vectorised particles."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(Vindex(locs)[..., z], 1.0), obs=x)
+
+
+@config_enumerate
 def mixture_guide_in_rows(x):
     alpha = pyro.param("alpha", torch.ones(3) * 2, constraint=constraints.positive)
     pyro.sample("weights", dist.Dirichlet(alpha))
@@ -323,6 +334,9 @@ MADE_OF_MODEL = (list_of_guides, globals_of_mixture)
 LOOPED = partial(Trace_ELBO, num_particles=3)
 VECTORISED = partial(Trace_ELBO, num_particles=4, vectorize_particles=True)
 ENUMERATED = partial(TraceEnum_ELBO, max_plate_nesting=1)
+FLOW = partial(AutoNormalizingFlow, init_transform_fn=flow)
+SEVERAL = {"num_particles": 3}
+AT_ONCE = {**SEVERAL, "vectorize_particles": True}
 
 CASES = {
     "AutoNormal": Case(made(regression), regression_batch),
@@ -333,9 +347,7 @@ CASES = {
         made(regression, partial(AutoLowRankMultivariateNormal, rank=2)), regression_batch
     ),
     "AutoIAFNormal": Case(made(regression, AutoIAFNormal), regression_batch),
-    "AutoNormalizingFlow": Case(
-        made(regression, partial(AutoNormalizingFlow, init_transform_fn=flow)), regression_batch
-    ),
+    "AutoNormalizingFlow": Case(made(regression, FLOW), regression_batch),
     "AutoGuideList": Case(made(regression, list_of_guides), regression_batch),
     "looped particles": Case(made(regression, elbo=LOOPED), regression_batch),
     "vectorised particles": Case(made(broadcast_regression, elbo=VECTORISED), regression_batch),
@@ -352,6 +364,25 @@ CASES = {
     "enumeration in the guide": Case(
         made(mixture, mixture_guide_in_rows, ENUMERATED), values_batch
     ),
+    "enumeration, particles": Case(
+        made(mixture, globals_of_mixture, partial(ENUMERATED, **SEVERAL)), values_batch
+    ),
+    "enumeration, vectorised particles": Case(
+        made(broadcast_mixture, globals_of_mixture, partial(ENUMERATED, **AT_ONCE)), values_batch
+    ),
+    "mean field, particles": Case(
+        made(regression, elbo=partial(TraceMeanField_ELBO, **SEVERAL)), regression_batch
+    ),
+    "mean field, vectorised particles": Case(
+        made(broadcast_regression, elbo=partial(TraceMeanField_ELBO, **AT_ONCE)), regression_batch
+    ),
+    "flow, particles": Case(made(regression, FLOW, LOOPED), regression_batch),
+    "flow, vectorised particles": Case(
+        made(broadcast_regression, FLOW, VECTORISED), regression_batch
+    ),
+    "rows, particles": Case(made(rows, elbo=LOOPED), indexed_batch),
+    "VAE, particles": Case(partial(make_vae, elbo=LOOPED()), bits_batch),
+    "VAE, vectorised particles": Case(partial(make_vae, elbo=VECTORISED()), bits_batch),
     "rows": Case(made(rows), indexed_batch),
     "rows, points": Case(made(rows, AutoDelta), indexed_batch),
     "rows, by hand": Case(made(rows, rows_guide), indexed_batch),
