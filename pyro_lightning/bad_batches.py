@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 from torch.optim import Optimizer
 
+from pyro_lightning.arguments import read_choice
 from pyro_lightning.batch_watch import BatchWatch
 from pyro_lightning.batches import rows_at_set_up
 from pyro_lightning.diagnosis import LOOK_FURTHER, NonFiniteLoss
@@ -50,9 +51,7 @@ class BadBatches(LifeCycle):
         raise NotImplementedError
 
     def _read_bad_batches(self, bad_batches: str) -> None:
-        if bad_batches not in ("raise", "skip"):
-            raise ValueError(f'bad_batches must be "raise" or "skip", got {bad_batches!r}')
-        self.bad_batches = bad_batches
+        self.bad_batches = read_choice(bad_batches, "bad_batches", ("raise", "skip"))
         self._layouts, self._passes = {}, {}
         # Here too, so that they count for no state of the model.
         self._in_hand = self._set_up_from = None

@@ -177,6 +177,29 @@ def warn_of_unscaled(model: DataPlateMessenger, plates: Collection[str], dataset
         )
 
 
+def warn_of_unmet(model: DataPlateMessenger, guide: DataPlateMessenger) -> None:
+    """Warn of names of plates and sites that neither model nor guide has on the first batch.
+
+    They may come in other batches. A name that is misspelt scales nothing.
+    """
+    sites = [*model.sites, *guide.sites]
+    met = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+    names = {site["name"] for site in sites}
+    for argument, unmet, there in (
+        ("data_plate", set(model.plates) - met, met),
+        ("scale_sites", set(model.scale_sites) - names, names),
+    ):
+        if unmet:
+            what = "plates" if argument == "data_plate" else "sites"
+            warnings.warn(
+                f"{argument} names {', '.join(map(repr, sorted(unmet)))}, which the model does not "
+                f"have on the first batch; its {what} are {', '.join(map(repr, sorted(there)))}. "
+                "What is not named there is not scaled by N/B.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
 def check_leaves(loss: torch.Tensor, module: nn.Module) -> None:
     """Check that everything that the loss could train is a parameter of the module.
 

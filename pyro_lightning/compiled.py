@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from pyro_lightning._upstream import compile_graph
+from pyro_lightning.arguments import shortly
 from pyro_lightning.compared import compare, of_eager, of_program, trained
 from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, find_guards
@@ -38,11 +39,11 @@ def read_compile(compile: Any) -> "CompiledLoss | None":
         return CompiledLoss(compile, strict=False)
     if compile is False:
         return None
-    if compile is True or compile == "strict":
+    if compile is True or (isinstance(compile, str) and compile == "strict"):
         return CompiledLoss({}, strict=compile == "strict")
     raise TypeError(
         "compile must be False, True, 'strict' or a dict of torch.compile's options; got "
-        f"{compile!r}"
+        f"{shortly(compile)}"
     )
 
 

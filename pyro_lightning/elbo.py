@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, EnergyDistance
 
+from pyro_lightning.arguments import shortly
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report, not_finite, rows_at_fault
 from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.losses import differentiable_loss
+from pyro_lightning.losses import SERVED, differentiable_loss
 from pyro_lightning.structure import SEE_TABLE
 from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
 
@@ -54,6 +55,7 @@ def negative_elbo(
         A scalar tensor; differentiable where gradients are enabled.
 
     Raises:
+        TypeError: When an argument is of a kind that cannot serve.
         ValueError: When no observed site of the model stands in a data plate, when the loss is not
             finite, or when the ELBO cannot be scaled for this model.
 
@@ -69,7 +71,19 @@ def negative_elbo(
 
     Source: Hoffman et al. 2013, "Stochastic variational inference", section 2.
     """
+    if not isinstance(elbo, SERVED):
+        names = ", ".join(each.__name__ for each in SERVED)
+        raise TypeError(f"elbo must be an instance of one of {names}; got {shortly(elbo)}")
+    for name, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise TypeError(f"{name} must be a function of args and kwargs, got {shortly(fn)}")
+    if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
+        raise TypeError(
+            "args must be a tuple or list and kwargs a mapping of what model and guide take, got "
+            f"{shortly(args)} and {shortly(kwargs)}"
+        )
     handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
+    handler()  # reads its arguments
     return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
 
 

@@ -1,11 +1,13 @@
 """How a batch is laid out, and how that differs from the batch before."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pyro_lightning.batches import named_tensors
+from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.rows import data_of
 
 _MAPPING, _SEQUENCE = "mapping", "sequence"
@@ -104,6 +106,42 @@ def trailing_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     """
     named = named_tensors(data_of(batch), "batch")
     return {path: tuple(tensor.shape[1:]) for path, tensor in named}
+
+
+def contents_of(batch: Any, most: int = 8) -> str:
+    """Say what a batch holds, for the message of an error.
+
+    Example:
+        >>> contents_of({"x": torch.zeros(3, 2), "name": "unit"})
+        "batch['x'] (float32, shape (3, 2)), batch['name'] (str)"
+    """
+    found = list(_contents(data_of(batch), "batch"))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(found[:most]) or "nothing") + more
+
+
+def _contents(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, torch.Tensor):
+        yield f"{path} ({_dtype(value.dtype)}, shape {tuple(value.shape)})"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _contents(item, f"{path}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _contents(item, f"{path}[{number}]")
+    else:
+        yield f"{path} ({type(value).__name__})"
+
+
+@contextmanager
+def telling_contents(batch: Any) -> Iterator[None]:
+    """Add what a batch holds to errors of what runs on it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_foreign(error):
+            raise
+        retell(error, "on this batch", f" The batch holds {contents_of(batch)}.")
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from pyro_lightning._lightning import loses_new_parameters, stage_loader, transferred
+from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import (
     example_batch,
     first_of,
     first_rows,
     map_tensors,
 )
-from pyro_lightning.checks import check_leaves, check_sites, warn_of_unscaled
+from pyro_lightning.checks import check_leaves, check_sites, warn_of_unmet, warn_of_unscaled
 from pyro_lightning.first_run import (
     globals_of_data,
     indexed_by_data,
@@ -104,6 +105,7 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
+            warn_of_unmet(in_model, in_guide)
             if not in_model.plates and not in_model.scale_sites:
                 warn_of_unscaled(in_model, plates, self._known_size())
             if counted and in_model.batch_size > 1:
@@ -232,7 +234,7 @@ class LifeCycle(Runs):
             return self._given_size
         stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
         if stated is not None:
-            return int(stated)
+            return read_count(stated, "dataset_size of the datamodule")
         if loader is None:
             raise ValueError(
                 "N, the number of training observations, is not known, and is never taken from "
@@ -263,7 +265,12 @@ class LifeCycle(Runs):
                 "there is nothing to train: neither model nor guide has a parameter. Use an "
                 "autoguide, or give the guide parameters."
             )
-        optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
+        made = self._optimizer(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
+            )
+        optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
             return optimizer

@@ -9,6 +9,7 @@ from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
@@ -16,7 +17,7 @@ from pyro_lightning.figures import StepResult
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
-from pyro_lightning.layout import shapes_of
+from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.rows import data_of
@@ -64,9 +65,9 @@ class PyroSVIModule(ManySteps):
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows; and whether each batch must be laid out as the first of its loader,
-            with the same elements of the same types and numbers of dimensions. Sizes, parameters that would not train, a likelihood that is not
-            scaled, an ELBO that no batch can estimate, and losses that are not finite are errors in
-            any case.
+            with the same elements of the same types and numbers of dimensions. Sizes, parameters
+            that would not train, a likelihood that is not scaled, an ELBO that no batch can
+            estimate, and losses that are not finite are errors in any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
             what cannot be compiled is an error and not a warning; or a dict of ``torch.compile``'s
             options. See :class:`pyro_lightning.compiled.CompiledLoss`.
@@ -127,14 +128,15 @@ class PyroSVIModule(ManySteps):
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
-        self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
+        self._optimizer = partial(torch.optim.Adam, lr=1e-2) if optimizer is None else optimizer
         check_optimizer(self._optimizer)
-        self._lr_scheduler = lr_scheduler
+        expected = "a callable from the optimizer to a scheduler, or to Lightning's dict of one"
+        self._lr_scheduler = read_callable(lr_scheduler, "lr_scheduler", expected)
         self._data_plates, self._columns = read_data_plates(data_plate)
         self._scale_sites = read_names(scale_sites, "scale_sites")
         stated = next(iter(self._data_plates.values()), None)
-        if dataset_size is not None and dataset_size < 1:
-            raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
+        if dataset_size is not None:
+            dataset_size = read_count(dataset_size, "dataset_size")
         if dataset_size is not None and stated not in (None, dataset_size):
             raise ValueError(
                 f"dataset_size={dataset_size}, but data_plate states {stated} for the plate over "
@@ -143,11 +145,9 @@ class PyroSVIModule(ManySteps):
         self._given_size = self._dataset_size = dataset_size or stated
         self._prototype: Any = None
         self._initialised = False
-        self._checks = checks
+        self._checks = read_flag(checks, "checks")
         self._compiled = read_compile(compile)
-        if steps_per_batch < 1:
-            raise ValueError(f"steps_per_batch must be at least 1, got {steps_per_batch}")
-        self.steps_per_batch = steps_per_batch
+        self.steps_per_batch = steps_per_batch = read_count(steps_per_batch, "steps_per_batch")
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
@@ -185,7 +185,8 @@ class PyroSVIModule(ManySteps):
             ValueError: When the batch is empty or larger than N, when nothing would be scaled, or
                 when the loss is not finite.
         """
-        return self._estimate(batch)[0]
+        with telling_contents(batch):
+            return self._estimate(batch)[0]
 
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
         """Estimate the loss; tells with it whether it is the whole training set's."""
@@ -259,7 +260,8 @@ class PyroSVIModule(ManySteps):
         Args:
             batch: B rows, on the module's device.
         """
-        return table_of_sites(self, batch)
+        with telling_contents(batch):
+            return table_of_sites(self, batch)
 
     @torch.no_grad()
     def posterior_samples(
@@ -289,8 +291,7 @@ class PyroSVIModule(ManySteps):
             raise RuntimeError(
                 "the guide has no parameters yet: fit the module, or call loss(batch) once"
             )
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        num_samples = read_count(num_samples, "num_samples")
         refuse_point(self.guide)
         if rows is not None and batch is not None:
             raise ValueError("rows and batch are two ways to say which rows to draw: give one")

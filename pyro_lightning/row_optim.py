@@ -2,11 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
+
+from pyro_lightning.arguments import read_flag, read_fraction, read_number, shortly
 
 
 class _RowStep:
@@ -14,6 +17,22 @@ class _RowStep:
 
     param_groups: list[dict[str, Any]]
     state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch compares what it is given with 0, and says no name where that fails.
+        given = signature(super().__init__).bind(*args, **kwargs).arguments
+        for name in ("lr", "eps", "weight_decay"):
+            if name in given:
+                read_number(given[name], name)
+        for name in ("amsgrad", "maximize"):
+            if name in given:
+                read_flag(given[name], name)
+        betas = given.get("betas", (0.9, 0.999))
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shortly(betas)}")
+        for number, beta in enumerate(betas):
+            read_fraction(beta, f"betas[{number}]")
+        super().__init__(*args, **kwargs)
 
     def step(self, closure: Any = None) -> Any:
         """Take a step; ``closure`` computes loss and gradients anew."""

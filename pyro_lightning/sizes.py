@@ -15,6 +15,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_lightning.arguments import read_count, read_number
+
 _STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
 
 
@@ -98,11 +100,12 @@ def mean_batch_size(loader: Any, num_batches: float) -> float | None:
         >>> mean_batch_size(DataLoader(range(101), batch_size=100), 2)
         50.5
     """
+    num_batches = read_number(num_batches, "num_batches", finite=False)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     size, rows = getattr(sampler, "batch_size", None), getattr(sampler, "sampler", None)
-    if size is None or rows is None or not num_batches:
+    if size is None or rows is None or num_batches <= 0 or num_batches == math.inf:
         return None
     visited = getattr(sampler, "num_rows", None)
     visited = len(rows) if visited is None else visited
@@ -148,8 +151,15 @@ def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:
     The mean over an epoch's M steps of :math:`w_b` times the loss at scale :math:`N / B_b` is
     then the loss of the full data; equal batches get exactly 1.
 
+    Raises:
+        TypeError: For what is no number.
+        ValueError: For a batch size below 1, or a mean that is not above 0.
+
     Example:
         >>> batch_weight(100, 50.5) * 101 / 100, batch_weight(1, 50.5) * 101 / 1
         (2.0, 2.0)
     """
-    return 1.0 if mean_batch_size is None else batch_size / mean_batch_size
+    size = read_count(batch_size, "batch_size")
+    if mean_batch_size is None:
+        return 1.0
+    return size / read_number(mean_batch_size, "mean_batch_size", positive=True)

@@ -302,8 +302,8 @@ def test_an_error_names_inputs_that_are_not_finite_and_rows_of_another_shape():
     x = [torch.zeros(2 if index // B == 1 else 3) for index in range(N)]
     x[BAD][0] = float("nan")
     match = (
-        r"(?s)batch 1 .*two columns.* Not finite: batch in rows 5 of the batch. Unlike the first batch: "
-        r"batch has rows of shape \(2,\), and had \(3,\)"
+        r"(?s)batch 1 .*two columns.* Not finite: batch in rows 5 of the batch. "
+        r"Unlike the first batch: batch has rows of shape \(2,\), and had \(3,\)"
     )
     with pytest.raises(RuntimeError, match=match):
         fit(DataLoader(x, batch_size=B), model)

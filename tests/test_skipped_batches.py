@@ -310,8 +310,8 @@ def test_each_epoch_logs_and_warns_once():
     assert len(said) == 2
     for epoch, message in enumerate(said):
         assert message.startswith(
-            f"batches skipped in training epoch {epoch}: 2, with 16 of 40 rows. The first: training "
-            f"batch 1 of epoch {epoch} (8 rows, 8 to 15 of the data set; at fault: 12 of the data"
+            f"batches skipped in training epoch {epoch}: 2, with 16 of 40 rows. The first: "
+            f"training batch 1 of epoch {epoch} (8 rows, 8 to 15 of the data set; at fault: 12 of "
         )
         assert "N, 40 with all rows, counts 24" in message
     assert seen[-1] == {"train_skipped_batches": 2.0, "train_skipped_rows": 16.0}
