@@ -128,7 +128,7 @@ def read_sizes(value: Any, name: str) -> dict[str, int]:
 
 
 def _real(value: Any) -> float | None:
-    if isinstance(value, str | bytes | bool):
+    if isinstance(value, str | bytes | bool) or getattr(value, "dtype", None) in _BOOLS:
         return None
     if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) != 1:
         return None

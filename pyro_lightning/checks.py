@@ -20,7 +20,7 @@ from torch import nn
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import trainable_leaves
-from pyro_lightning.shapes import check_broadcast, check_growth
+from pyro_lightning.shapes import check_broadcast, check_growth, check_square
 from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
 _JIT = (
@@ -108,6 +108,7 @@ def check_sites(
     factors = {size / rows for size in (*model.plates.values(), *named.values())}
     check_enumeration(model.sites, guide.sites, elbo, plates, factors)
     if model.scaled_observations and run_shorter is not None and rows > 1:
+        check_square(model.sites, plates, rows, run_shorter)
         check_growth(model.sites, plates, named, rows, run_shorter)
 
 

@@ -11,6 +11,7 @@ from pyro_lightning.arguments import shortly
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report, not_finite, rows_at_fault
 from pyro_lightning.handlers import DataPlateMessenger, observed
+from pyro_lightning.layout import telling_contents
 from pyro_lightning.losses import SERVED, differentiable_loss
 from pyro_lightning.structure import SEE_TABLE
 from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
@@ -77,14 +78,16 @@ def negative_elbo(
     for name, fn in (("model", model), ("guide", guide)):
         if not callable(fn):
             raise TypeError(f"{name} must be a function of args and kwargs, got {shortly(fn)}")
-    if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
+    named = isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)
+    if not isinstance(args, tuple | list) or not named:
         raise TypeError(
-            "args must be a tuple or list and kwargs a mapping of what model and guide take, got "
-            f"{shortly(args)} and {shortly(kwargs)}"
+            "args must be a tuple or list, and kwargs a mapping by name, of what model and guide "
+            f"take, got {shortly(args)} and {shortly(kwargs)}"
         )
     handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
     handler()  # reads its arguments
-    return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
+    with telling_contents([*args, *([kwargs] if kwargs else [])]):
+        return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
 
 
 def estimate_elbo(
@@ -104,6 +107,11 @@ def estimate_elbo(
     """
     with explained((args, kwargs), handler, model, guide):
         loss, in_model, in_guide = run_elbo(elbo, model, guide, args, kwargs, handler, baselines)
+    if loss.is_complex():
+        raise ValueError(
+            f"the loss is a number of {loss.dtype}: a site of the model has a complex "
+            f"log-probability. {SEE_TABLE}"
+        )
     if not torch.isfinite(loss):
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"

@@ -123,6 +123,8 @@ def contents_of(batch: Any, most: int = 8) -> str:
 def _contents(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, torch.Tensor):
         yield f"{path} ({_dtype(value.dtype)}, shape {tuple(value.shape)})"
+    elif isinstance(value, Mapping | tuple | list) and not value:
+        yield f"{path} (empty {type(value).__name__})"
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _contents(item, f"{path}[{key!r}]")
@@ -141,19 +143,22 @@ def telling_contents(batch: Any) -> Iterator[None]:
     except Exception as error:
         if not is_foreign(error):
             raise
-        retell(error, "on this batch", f" The batch holds {contents_of(batch)}.")
+        retell(
+            error, "model or guide fails on this batch", f" The batch holds {contents_of(batch)}."
+        )
 
 
-def shapes_of(batch: Any) -> tuple[Any, ...]:
+def shapes_of(batch: Any, rows: int) -> tuple[Any, ...]:
     """Describe how the tensors of a batch broadcast over its rows.
 
-    Of each the number of dimensions, and which are of size 1 where there are more than one.
+    Whether there is one row alone, and of each tensor the number of dimensions, or which are of
+    size 1 where there are more than one.
 
     Example:
-        >>> shapes_of([torch.zeros(5), torch.zeros(5, 1, 3)])
-        (1, (True, False))
+        >>> shapes_of([torch.zeros(5), torch.zeros(5, 1, 3)], 5)
+        (False, 1, (True, False))
     """
-    found: list[Any] = []
+    found: list[Any] = [rows == 1]
     _add_shapes(data_of(batch), found)
     return tuple(found)
 

@@ -35,11 +35,12 @@ from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
+from pyro_lightning.retold import telling
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
-from pyro_lightning.shapes import check_broadcast
+from pyro_lightning.shapes import check_broadcast, check_square
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import explained_scales
@@ -84,7 +85,7 @@ class LifeCycle(Runs):
         counted = type(self).num_rows is LifeCycle.num_rows
         self._prototype = first_rows(data, 2) if counted else data
         self._checked_rows = self.num_rows(data)
-        self._known_shapes = {shapes_of(data)} if self._checked_rows > 1 else set()
+        self._known_shapes = {shapes_of(data, self._checked_rows)}
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 
@@ -166,14 +167,17 @@ class LifeCycle(Runs):
             ValueError: Naming site and shapes.
         """
         data = data_of(batch)
-        rows, shapes = self.num_rows(data), shapes_of(data)
-        if self._checks and rows > 1:
+        if self._checks:
             with preserved_state(self), self._isolated() as handled:
-                in_model, in_guide = run_once(self, self._with_rows(data), handled)
-            check_broadcast(in_model.sites, self._checked_plates, self._scale_sites)
-            check_broadcast(in_guide.sites, self._checked_plates)
-        if rows > 1:
-            self._known_shapes.add(shapes)
+                batch = self._with_rows(data)
+                in_model, in_guide = run_once(self, batch, handled)
+                plates, rows = self._checked_plates, in_model.batch_size
+                check_broadcast(in_model.sites, plates, self._scale_sites)
+                check_broadcast(in_guide.sites, plates)
+                if type(self).num_rows is LifeCycle.num_rows and rows > 1:
+                    shorter = partial(run_shorter, self, batch, handled)
+                    check_square(in_model.sites, plates, rows, shorter)
+        self._known_shapes.add(shapes_of(data, self.num_rows(data)))
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -265,7 +269,8 @@ class LifeCycle(Runs):
                 "there is nothing to train: neither model nor guide has a parameter. Use an "
                 "autoguide, or give the guide parameters."
             )
-        made = self._optimizer(parameters)
+        with telling("optimizer(parameters)"):
+            made = self._optimizer(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
@@ -274,7 +279,13 @@ class LifeCycle(Runs):
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
+        with telling("lr_scheduler(optimizer)"):
+            scheduler = self._lr_scheduler(optimizer)
+        if not (isinstance(scheduler, Mapping) or hasattr(scheduler, "step")):
+            raise TypeError(
+                "lr_scheduler must return a scheduler, or Lightning's dict of one, got "
+                f"{shortly(scheduler)}"
+            )
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
         if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):

@@ -194,7 +194,7 @@ class PyroSVIModule(ManySteps):
         # One row alone cannot be compared with less, as some checks do.
         if not self._initialised or (self._checked_rows == 1 and rows > 1):
             self._initialise(batch)
-        elif shapes_of(batch) not in self._known_shapes:
+        elif shapes_of(batch, rows) not in self._known_shapes:
             self._check_shapes(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import WrapperDescriptorType
 from typing import NoReturn
 
@@ -84,3 +86,12 @@ def is_foreign(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is None or not trace.tb_frame.f_code.co_filename.startswith(_HERE)
+
+
+@contextmanager
+def telling(where: str) -> Iterator[None]:
+    """Add to errors where they arose."""
+    try:
+        yield
+    except Exception as error:
+        retell(error, where)
