@@ -181,8 +181,11 @@ def warn_of_unscaled(model: DataPlateMessenger, plates: Collection[str], dataset
 def warn_of_unmet(model: DataPlateMessenger, guide: DataPlateMessenger) -> None:
     """Warn of names of plates and sites that neither model nor guide has on the first batch.
 
-    They may come in other batches. A name that is misspelt scales nothing.
+    They may come in other batches. A name that is misspelt scales nothing; where nothing at all is
+    scaled, that is an error in any case.
     """
+    if not model.scaled_observations:
+        return
     sites = [*model.sites, *guide.sites]
     met = {frame.name for site in sites for frame in site["cond_indep_stack"]}
     names = {site["name"] for site in sites}
@@ -190,7 +193,8 @@ def warn_of_unmet(model: DataPlateMessenger, guide: DataPlateMessenger) -> None:
         ("data_plate", set(model.plates) - met, met),
         ("scale_sites", set(model.scale_sites) - names, names),
     ):
-        if unmet:
+        # The plate that is named by default need not be there beside named sites.
+        if unmet and (argument == "scale_sites" or len(unmet) < len(model.plates)):
             what = "plates" if argument == "data_plate" else "sites"
             warnings.warn(
                 f"{argument} names {', '.join(map(repr, sorted(unmet)))}, which the model does not "

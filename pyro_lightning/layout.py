@@ -41,6 +41,36 @@ def _layout(value: Any) -> Any:
     return type(value)
 
 
+def joined(now: Any, before: Any) -> Any:
+    """Join the layouts of two batches, of which either may leave out fields of a mapping, or None.
+
+    Returns:
+        That of all fields; None where the two differ otherwise.
+
+    Example:
+        >>> x, y = torch.zeros(2), torch.zeros(2)
+        >>> joined(layout_of({"x": x}), layout_of({"x": x, "y": y})) == layout_of({"x": x, "y": y})
+        True
+        >>> joined(layout_of([x]), layout_of([x, y])) is None
+        True
+    """
+    if now == before or now is type(None):
+        return before
+    if before is type(None):
+        return now
+    kinds = {_kind(now), _kind(before)}
+    if kinds == {_MAPPING}:
+        found = {**before[1], **now[1]}
+        for key in before[1]:
+            if key in now[1]:
+                found[key] = joined(now[1][key], before[1][key])
+        return None if None in found.values() else (_MAPPING, found)
+    if kinds == {_SEQUENCE} and len(now[1]) == len(before[1]):
+        items = [joined(*pair) for pair in zip(now[1], before[1], strict=True)]
+        return None if None in items else (_SEQUENCE, items)
+    return None
+
+
 def differences(now: Any, before: Any, path: str = "batch") -> Iterator[str]:
     """Say how a layout differs from an earlier one.
 

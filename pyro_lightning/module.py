@@ -65,7 +65,8 @@ class PyroSVIModule(ManySteps):
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows; and whether each batch must be laid out as the first of its loader,
-            with the same elements of the same types and numbers of dimensions. Sizes, parameters
+            with the same elements of the same types and numbers of dimensions, of which a mapping
+            may leave out some. Sizes, parameters
             that would not train, a likelihood that is not scaled, an ELBO that no batch can
             estimate, and losses that are not finite are errors in any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where

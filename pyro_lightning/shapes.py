@@ -44,7 +44,8 @@ def check_broadcast(
             continue
         value, whole = shapes
         for frame in site["cond_indep_stack"]:
-            found = whole.get(frame.dim, 1) if frame.name in plates and frame.dim else 1
+            stands = frame.name in plates and frame.dim and frame.size > 0  # -1: of no size
+            found = whole.get(frame.dim, 1) if stands else 1
             if found not in (1, frame.size):
                 raise ValueError(
                     f"{described(site)} has a log-probability of shape {_tuple(whole)}: its "
