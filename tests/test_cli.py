@@ -130,6 +130,7 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
         "checks",
         "compile",
         "steps_per_batch",
+        "bad_batches",
     } == set(shown)
 
 
