@@ -13,7 +13,7 @@ from pyro_lightning.batches import rows_at_set_up
 from pyro_lightning.diagnosis import LOOK_FURTHER, NonFiniteLoss
 from pyro_lightning.gather import gather_rows
 from pyro_lightning.in_hand import InHand, batches_of, loaders_of
-from pyro_lightning.layout import joined, layout_of, trailing_shapes
+from pyro_lightning.layout import layout_of, of_same_fields, trailing_shapes
 from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.retold import brief, retell
 from pyro_lightning.rows import data_of
@@ -173,18 +173,12 @@ class BadBatches(LifeCycle):
             alone = hand.stage != "training" or len(loaders_of(self.trainer, hand.stage)) == 1
             if alone:  # of several, one that is through may give nothing
                 self._keep_layout(*key, hand.batch)
-            return
-        now, (known, shapes) = layout_of(hand.batch), self._layouts[key]
-        if now == known:
-            return
-        both = joined(now, known)
-        if both is None:
+        elif not of_same_fields(layout_of(hand.batch), self._layouts[key][0]):
             raise ValueError(
                 "the batch is not laid out as the first one. Let the data set give each row the "
-                "same elements, of the same types and numbers of dimensions; fields of a mapping "
-                "may be left out. If it is meant so, PyroSVIModule(..., checks=False)."
+                "same elements, of the same types and numbers of dimensions; if it is meant so, "
+                "PyroSVIModule(..., checks=False)."
             )
-        self._layouts[key] = both, shapes
 
     def _keep_layout(self, stage: str, loader: int, batch: Any) -> None:
         self._layouts[stage, loader] = layout_of(batch), trailing_shapes(batch)

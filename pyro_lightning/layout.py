@@ -41,36 +41,6 @@ def _layout(value: Any) -> Any:
     return type(value)
 
 
-def joined(now: Any, before: Any) -> Any:
-    """Join the layouts of two batches, of which either may leave out fields of a mapping, or None.
-
-    Returns:
-        That of all fields; None where the two differ otherwise.
-
-    Example:
-        >>> x, y = torch.zeros(2), torch.zeros(2)
-        >>> joined(layout_of({"x": x}), layout_of({"x": x, "y": y})) == layout_of({"x": x, "y": y})
-        True
-        >>> joined(layout_of([x]), layout_of([x, y])) is None
-        True
-    """
-    if now == before or now is type(None):
-        return before
-    if before is type(None):
-        return now
-    kinds = {_kind(now), _kind(before)}
-    if kinds == {_MAPPING}:
-        found = {**before[1], **now[1]}
-        for key in before[1]:
-            if key in now[1]:
-                found[key] = joined(now[1][key], before[1][key])
-        return None if None in found.values() else (_MAPPING, found)
-    if kinds == {_SEQUENCE} and len(now[1]) == len(before[1]):
-        items = [joined(*pair) for pair in zip(now[1], before[1], strict=True)]
-        return None if None in items else (_SEQUENCE, items)
-    return None
-
-
 def differences(now: Any, before: Any, path: str = "batch") -> Iterator[str]:
     """Say how a layout differs from an earlier one.
 
@@ -104,6 +74,27 @@ def differences(now: Any, before: Any, path: str = "batch") -> Iterator[str]:
             yield f"{path} is {_dtype(now[0])}, and was {_dtype(before[0])}"
         if now[1] != before[1]:
             yield f"{path} has {now[1]} dimensions, and had {before[1]}"
+
+
+def of_same_fields(now: Any, before: Any) -> bool:
+    """Whether the fields that two layouts share are laid out alike.
+
+    A mapping may leave fields out, which are keywords that have a default: some rows have labels.
+
+    Example:
+        >>> labelled = {"x": torch.zeros(2), "y": torch.zeros(2)}
+        >>> of_same_fields(layout_of({"x": torch.ones(5)}), layout_of(labelled))
+        True
+    """
+    kind = _kind(now)
+    if kind != _kind(before):
+        return False
+    if kind == _MAPPING:
+        return all(of_same_fields(now[1][key], before[1][key]) for key in now[1].keys() & before[1])
+    if kind == _SEQUENCE:
+        same = len(now[1]) == len(before[1])
+        return same and all(map(of_same_fields, now[1], before[1]))
+    return bool(now == before)
 
 
 def _kind(layout: Any) -> Any:

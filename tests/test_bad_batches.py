@@ -256,17 +256,6 @@ def test_fields_that_a_model_does_without_may_be_left_out():
         fit(DataLoader(Parts(usual, odd), batch_size=B), any_model)
 
 
-def test_a_field_that_came_late_is_compared_from_there_on():
-    class Late(Parts):
-        def __getitem__(self, index):
-            y = {1: {"y": ZERO}, 3: {"y": ZERO.long()}}
-            return {"x": ZERO, **y.get(index // B, {})}
-
-    match = r"batch 3 of epoch 0 .*batch\['y'\] is int64, and was float32"
-    with pytest.raises(ValueError, match=match):
-        fit(DataLoader(Late(ZERO, ZERO), batch_size=B), any_model)
-
-
 def test_a_field_that_the_model_needs_is_named_where_it_is_left_out():
     def needs(x, y):
         normal_mean(x + y)
