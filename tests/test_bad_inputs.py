@@ -2,7 +2,7 @@
 
 Each example draws one argument, right or wrong. An error must be of a class that users are told to
 expect, and its message must name the argument, the element of the batch or the site. A result must
-be that of a closed form.
+be that of a closed form. About 1,300 examples, the same each time.
 """
 
 import math
@@ -592,8 +592,3 @@ def test_arguments_of_row_adam(argument, kinds):
         torch.testing.assert_close(*values, equal_nan=True)
 
     holds()
-
-
-def test_there_are_at_least_300_examples():
-    per_argument = 25 * len(ARGUMENTS) + 15 * len(OF_DATA) + 15 * len(OF_LOSS)
-    assert per_argument >= 300  # the others come on top
