@@ -9,11 +9,13 @@ from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
+from pyro_lightning.watched import FailedBatch
 
 __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
     "DataPlateMessenger",
+    "FailedBatch",
     "IndexedBatch",
     "IndexedDataset",
     "PyroSVIModule",

@@ -46,7 +46,7 @@ class Columns:
     def __init__(self, arrays: Arrays) -> None:
         named = _named(arrays)
         if not named:
-            raise ValueError("expected at least one array, got none")
+            raise ValueError("expected at least one array in arrays, got none")
         for name, array in named.items():
             if not isinstance(array, torch.Tensor | np.ndarray):
                 raise TypeError(
@@ -56,6 +56,14 @@ class Columns:
                 raise TypeError(
                     f"array {name!r} has dtype {array.dtype}; convert it to numbers first"
                 )
+            if isinstance(array, np.ma.MaskedArray):
+                raise TypeError(
+                    f"array {name!r} is masked, and a batch would hold what is under the mask: "
+                    "leave these rows out, or hand the mask over as another array"
+                )
+            strided = not isinstance(array, torch.Tensor) or array.layout == torch.strided
+            if not strided or getattr(array, "is_meta", False):
+                raise TypeError(f"array {name!r} is sparse or has no data; expected a dense tensor")
             if array.ndim == 0:
                 raise ValueError(f"array {name!r} has no row dimension")
         lengths = {name: len(array) for name, array in named.items()}

@@ -8,6 +8,7 @@ from torch import distributed
 from torch.optim import Optimizer
 
 from pyro_lightning._lightning import loaders_of
+from pyro_lightning.arguments import read_choice
 from pyro_lightning.batch_watch import BatchWatch
 from pyro_lightning.batches import rows_at_set_up
 from pyro_lightning.diagnosis import LOOK_FURTHER, NonFiniteLoss
@@ -54,9 +55,7 @@ class BadBatches(LoggedSteps):
         raise NotImplementedError
 
     def _read_bad_batches(self, bad_batches: str) -> None:
-        if bad_batches not in ("raise", "skip"):
-            raise ValueError(f'bad_batches must be "raise" or "skip", got {bad_batches!r}')
-        self.bad_batches = bad_batches
+        self.bad_batches = read_choice(bad_batches, "bad_batches", ("raise", "skip"))
         self._layouts, self._passes = {}, {}
         # Here too, so that they count for no state of the model.
         self._in_hand = self._set_up_from = None

@@ -71,6 +71,9 @@ def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     A tuple or list becomes positional arguments, a mapping keywords, anything else one argument.
 
+    Raises:
+        TypeError: For a key that is no string.
+
     Example:
         >>> batch_arguments([1, 2])
         ((1, 2), {})
@@ -79,6 +82,12 @@ def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     batch = data_of(batch)
     if isinstance(batch, Mapping):
+        odd = [key for key in batch if not isinstance(key, str)]
+        if odd:
+            raise TypeError(
+                f"a batch that is a mapping becomes keyword arguments, and its key {odd[0]!r} is "
+                "no string. Override model_inputs(batch)."
+            )
         return (), dict(batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}

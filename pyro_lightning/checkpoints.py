@@ -278,7 +278,7 @@ class Checkpoints(StateDicts):
         self._globals_of_data = tuple(structure["globals_of_data"])
         self._dims_by_hand, self._masks = structure["dims_by_hand"], structure["masks"]
         self._few_rows, self._prototype, self._checked_rows = few, few.repeated(few.shown), 0
-        self._known_shapes = frozenset([shapes_of(batch)])
+        self._known_shapes = frozenset([shapes_of(batch, self.num_rows(batch))])
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 

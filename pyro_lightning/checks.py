@@ -20,7 +20,7 @@ from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.losses import REPLACED, SERVED
 from pyro_lightning.params import trainable_leaves
 from pyro_lightning.rank_zero import warn
-from pyro_lightning.shapes import check_broadcast, check_growth
+from pyro_lightning.shapes import check_broadcast, check_growth, check_square
 from pyro_lightning.structure import SEE_TABLE, check_enumeration, check_guide_sites
 
 _JIT = (
@@ -108,6 +108,7 @@ def check_sites(
     factors = {size / rows for size in (*model.plates.values(), *named.values())}
     check_enumeration(model.sites, guide.sites, elbo, plates, factors)
     if model.scaled_observations and run_shorter is not None and rows > 1:
+        check_square(model.sites, plates, rows, run_shorter)
         check_growth(model.sites, plates, named, rows, run_shorter)
 
 
@@ -174,6 +175,31 @@ def warn_of_unscaled(model: DataPlateMessenger, plates: Collection[str], dataset
             "in the model. If it is meant so, checks=False.",
             stacklevel=2,
         )
+
+
+def warn_of_unmet(model: DataPlateMessenger, guide: DataPlateMessenger) -> None:
+    """Warn of names of plates and sites that neither model nor guide has on the first batch.
+
+    They may come in other batches. A name that is misspelt scales nothing; where nothing at all is
+    scaled, that is an error in any case.
+    """
+    if not model.scaled_observations:
+        return
+    sites = [*model.sites, *guide.sites]
+    met = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+    names = {site["name"] for site in sites}
+    for argument, unmet, there in (
+        ("data_plate", set(model.plates) - met, met),
+        ("scale_sites", set(model.scale_sites) - names, names),
+    ):
+        # The plate that is named by default need not be there beside named sites.
+        if unmet and (argument == "scale_sites" or len(unmet) < len(model.plates)):
+            what = "plates" if argument == "data_plate" else "sites"
+            warn(
+                f"{argument} names {', '.join(map(repr, sorted(unmet)))}, which the model does not "
+                f"have on the first batch; its {what} are {', '.join(map(repr, sorted(there)))}. "
+                "What is not named there is not scaled by N/B.",
+            )
 
 
 def check_leaves(loss: torch.Tensor, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from pyro_lightning._upstream import compile_graph, handlers_around
+from pyro_lightning.arguments import shortly
 from pyro_lightning.audits import Schedule
 from pyro_lightning.causes import Exhausted, Unseen, failing
 from pyro_lightning.compared import (
@@ -44,11 +45,11 @@ def read_compile(compile: Any) -> "CompiledLoss | None":
         return CompiledLoss(compile, strict=False)
     if compile is False:
         return None
-    if compile is True or compile == "strict":
+    if compile is True or (isinstance(compile, str) and compile == "strict"):
         return CompiledLoss({}, strict=compile == "strict")
     raise TypeError(
         "compile must be False, True, 'strict' or a dict of torch.compile's options; got "
-        f"{compile!r}"
+        f"{shortly(compile)}"
     )
 
 

@@ -9,9 +9,17 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, SequentialSampler
 
 from pyro_lightning._lightning import shares_of_rows
+from pyro_lightning.arguments import (
+    read_choice,
+    read_count,
+    read_device,
+    read_flag,
+    read_fraction,
+)
 from pyro_lightning.arrays import ArrayDataset, Arrays, Columns
 from pyro_lightning.loader import RowLoader
 from pyro_lightning.orders import InBlocks, in_order, shuffled
+from pyro_lightning.retold import retell
 from pyro_lightning.samplers import DistributedRows, Order, RowBatches, ShuffledRows
 from pyro_lightning.splits import split_rows
 
@@ -86,20 +94,18 @@ class ArrayDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if shuffle not in (True, False, "blocks"):
-            raise ValueError(f'shuffle must be True, False or "blocks", got {shuffle!r}')
-        self.batch_size = batch_size
-        self.device = device
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.batch_size = read_count(batch_size, "batch_size")
+        self.device = read_device(device)
+        self.shuffle = read_choice(shuffle, "shuffle", (True, False, "blocks"))
+        self.drop_last = read_flag(drop_last, "drop_last")
+        self.num_workers = read_count(num_workers, "num_workers", 0)
+        self.pin_memory = None if pin_memory is None else read_flag(pin_memory, "pin_memory")
+        seed = read_count(seed, "seed", 0)
         columns = Columns(arrays)
         whole = ArrayDataset(columns)
         sizes = {}
         for name, fraction, given in (("val", val_split, val), ("test", test_split, test)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"{name}_split must lie in [0, 1), got {fraction}")
+            fraction = read_fraction(fraction, f"{name}_split")
             if fraction and given is not None:
                 raise ValueError(f"give {name} or {name}_split, not both")
             sizes[name] = round(fraction * len(whole))
@@ -108,8 +114,12 @@ class ArrayDataModule(LightningDataModule):
         held_out = sum(sizes.values())
         if held_out >= len(whole):
             raise ValueError(f"the splits leave none of {len(whole)} rows to train on")
-        self._train, self._val, self._test = whole, self._given(val), self._given(test)
-        self._predict = self._given(predict)
+        self._train, self._val, self._test = (
+            whole,
+            self._given(val, "val"),
+            self._given(test, "test"),
+        )
+        self._predict = self._given(predict, "predict")
         if held_out:
             left, *parts = split_rows(len(whole), list(sizes.values()), seed)
             self._train = ArrayDataset(columns, left)
@@ -143,8 +153,11 @@ class ArrayDataModule(LightningDataModule):
         return self._train.identities
 
     @staticmethod
-    def _given(arrays: Arrays | None) -> ArrayDataset | None:
-        return None if arrays is None else ArrayDataset(arrays)
+    def _given(arrays: Arrays | None, name: str) -> ArrayDataset | None:
+        try:
+            return None if arrays is None else ArrayDataset(arrays)
+        except (TypeError, ValueError) as error:
+            retell(error, name)
 
     def rows_per_batch(self, train: bool = True) -> int:
         """Rows that a loader hands on at once: B, times the steps that a training step takes."""

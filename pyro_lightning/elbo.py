@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, EnergyDistance
 
+from pyro_lightning.arguments import shortly
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report, not_finite, rows_at_fault
 from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.losses import differentiable_loss
+from pyro_lightning.layout import telling_contents
+from pyro_lightning.losses import SERVED, differentiable_loss
 from pyro_lightning.structure import SEE_TABLE
 from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
 
@@ -54,6 +56,7 @@ def negative_elbo(
         A scalar tensor; differentiable where gradients are enabled.
 
     Raises:
+        TypeError: When an argument is of a kind that cannot serve.
         ValueError: When no observed site of the model stands in a data plate, when the loss is not
             finite, or when the ELBO cannot be scaled for this model.
 
@@ -69,8 +72,22 @@ def negative_elbo(
 
     Source: Hoffman et al. 2013, "Stochastic variational inference", section 2.
     """
+    if not isinstance(elbo, SERVED):
+        names = ", ".join(each.__name__ for each in SERVED)
+        raise TypeError(f"elbo must be an instance of one of {names}; got {shortly(elbo)}")
+    for name, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise TypeError(f"{name} must be a function of args and kwargs, got {shortly(fn)}")
+    named = isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)
+    if not isinstance(args, tuple | list) or not named:
+        raise TypeError(
+            "args must be a tuple or list, and kwargs a mapping by name, of what model and guide "
+            f"take, got {shortly(args)} and {shortly(kwargs)}"
+        )
     handler = partial(DataPlateMessenger, plates, batch_size, scale_sites)
-    return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
+    handler()  # reads its arguments
+    with telling_contents([*args, *([kwargs] if kwargs else [])]):
+        return estimate_elbo(elbo, model, guide, args, kwargs, handler).loss
 
 
 def estimate_elbo(
@@ -90,6 +107,11 @@ def estimate_elbo(
     """
     with explained((args, kwargs), handler, model, guide):
         loss, in_model, in_guide = run_elbo(elbo, model, guide, args, kwargs, handler, baselines)
+    if loss.is_complex():
+        raise ValueError(
+            f"the loss is a number of {loss.dtype}: a site of the model has a complex "
+            f"log-probability. {SEE_TABLE}"
+        )
     if not torch.isfinite(loss):
         report = non_finite_report((args, kwargs), in_guide, in_model) or (
             "every site's log-probability is finite, so it is their scaled sum that overflows"

@@ -26,6 +26,11 @@ from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
 
+_EXPECTED = (
+    "guide must be an autoguide class, a functools.partial of one, a guide instance or a guide "
+    "function"
+)
+
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
     """Return the guide: a class, or a ``functools.partial`` of one, is called with the model.
@@ -35,6 +40,8 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: For an autoguide that was copied or pickled, and has no model any more.
     """
     factory = guide.func if isinstance(guide, partial) else guide
+    if isinstance(factory, type) and not any("__call__" in vars(c) for c in factory.__mro__):
+        raise TypeError(f"{_EXPECTED}; got the class {factory.__name__}")
     made = guide(model) if isinstance(factory, type) else guide
     if isinstance(made, GuideMessenger):
         raise TypeError(
@@ -42,10 +49,7 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
             "module-local parameters in Pyro. Use AutoNormal or AutoMultivariateNormal."
         )
     if not callable(made):
-        raise TypeError(
-            "guide must be an autoguide class, a functools.partial of one, a guide instance or a "
-            f"guide function; got {type(made).__name__}"
-        )
+        raise TypeError(f"{_EXPECTED}; got {type(made).__name__}")
     for part in parts_of(made):
         if part._model is None:
             raise ValueError(
@@ -100,8 +104,28 @@ def make_prototypes(
     """
     if parts_of(raw):
         args, kwargs = inputs
-        with prototype_model(raw, handled), plates(), poutine.block():
-            guide(*args, **kwargs)
+        try:
+            with prototype_model(raw, handled), plates(), poutine.block():
+                guide(*args, **kwargs)
+        except NotImplementedError as error:
+            _refuse_sequential(parts_of(raw), error)
+            raise
+
+
+def _refuse_sequential(parts: list[Any], error: NotImplementedError) -> None:
+    """Say which latent an autoguide meets in a sequential plate, if that is what it says."""
+    for part in parts:
+        nodes = {} if part.prototype_trace is None else part.prototype_trace.nodes
+        for name, site in nodes.items():
+            frames = site.get("cond_indep_stack", ()) if site["type"] == "sample" else ()
+            for frame in frames:
+                if not frame.vectorized and not site["is_observed"]:
+                    raise ValueError(
+                        f"latent site '{name}' stands in the sequential plate '{frame.name}' "
+                        f"(`for ... in pyro.plate(...)`), which {type(part).__name__} does not "
+                        f"serve. Write `with pyro.plate('{frame.name}', ...):`, or a guide of your "
+                        "own with the same loop."
+                    ) from error
 
 
 def cut_plates(in_model: DataPlateMessenger) -> set[str]:

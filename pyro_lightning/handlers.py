@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 
+from pyro_lightning.arguments import read_count, read_sizes
+from pyro_lightning.plates import read_names
+
 
 def is_subsample(msg: Any) -> bool:
     """Whether a message is the site by which a plate asks for its rows."""
@@ -37,6 +40,7 @@ class DataPlateMessenger(Messenger):
         scaled_observations: How many observed sites among them were in a data plate or named.
 
     Raises:
+        TypeError: For sizes that are no whole numbers.
         ValueError: When a data plate has a size that is neither N nor B, or other rows than B, or
             when two data plates over rows stand inside each other.
 
@@ -62,11 +66,11 @@ class DataPlateMessenger(Messenger):
         size_in_model: int | None = None,
     ) -> None:
         super().__init__()
-        self.plates = dict(plates)
+        self.plates = read_sizes(plates, "plates")
         self.size_in_model = size_in_model
-        self.batch_size = batch_size
-        self.scale_sites = dict(scale_sites or {})
-        self.columns = frozenset(columns)
+        self.batch_size = read_count(batch_size, "batch_size")
+        self.scale_sites = {} if scale_sites is None else read_sizes(scale_sites, "scale_sites")
+        self.columns = frozenset(read_names(columns, "columns"))  # type: ignore[arg-type]
         self.sites: list[Any] = []
         self.params: list[Any] = []
         self.scaled_observations = 0

@@ -7,8 +7,8 @@ import torch
 from pyro_lightning._lightning import loaders_of
 from pyro_lightning.batches import named_tensors
 from pyro_lightning.diagnosis import NonFiniteLoss
-from pyro_lightning.layout import differences, layout_of, trailing_shapes
-from pyro_lightning.retold import retell
+from pyro_lightning.layout import contents_of, differences, layout_of, trailing_shapes
+from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.row_numbers import numbers_of_rows
 from pyro_lightning.rows import data_of, shown
 from pyro_lightning.watched import FailedBatch, batch_name
@@ -62,13 +62,14 @@ class InHand:
             size = self._module._rows_per_step or rows
             start, last = self.part * size, min((self.part + 1) * size, rows) - 1
         more, at_fault = "", ""
-        if not isinstance(error, NonFiniteLoss):
-            more = _not_finite(data_of(self.batch))
-        elif error.rows and numbers is not None:
-            found = [numbers[start + row] for row in error.rows]
-            at_fault = f"; at fault: {shown(found)} of the data set"
-        elif error.rows:
-            more = " IndexedDataset gives rows their numbers in the data set, for this message too."
+        if is_foreign(error):
+            more = f" The batch holds {contents_of(self.batch)}.{_not_finite(data_of(self.batch))}"
+        elif isinstance(error, NonFiniteLoss) and error.rows:
+            if numbers is None:
+                more = " IndexedDataset gives rows their numbers, for this message too."
+            else:
+                found = [numbers[start + row] for row in error.rows]
+                at_fault = f"; at fault: {shown(found)} of the data set"
         where += f" ({rows} rows{of_data}{at_fault})"
         if self.part is not None:
             where += f", mini-batch {self.part} of it (its rows {start} to {last})"

@@ -1,11 +1,13 @@
 """How a batch is laid out, and how that differs from the batch before."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pyro_lightning.batches import named_tensors
+from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.rows import data_of
 
 _MAPPING, _SEQUENCE = "mapping", "sequence"
@@ -129,16 +131,57 @@ def trailing_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(tensor.shape[1:]) for path, tensor in named}
 
 
-def shapes_of(batch: Any) -> tuple[Any, ...]:
-    """Describe how the tensors of a batch broadcast over its rows.
-
-    Of each the number of dimensions, and which are of size 1 where there are more than one.
+def contents_of(batch: Any, most: int = 8) -> str:
+    """Say what a batch holds, for the message of an error.
 
     Example:
-        >>> shapes_of([torch.zeros(5), torch.zeros(5, 1, 3)])
-        (1, (True, False))
+        >>> contents_of({"x": torch.zeros(3, 2), "name": "unit"})
+        "batch['x'] (float32, shape (3, 2)), batch['name'] (str)"
     """
-    found: list[Any] = []
+    found = list(_contents(data_of(batch), "batch"))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(found[:most]) or "nothing") + more
+
+
+def _contents(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, torch.Tensor):
+        yield f"{path} ({_dtype(value.dtype)}, shape {tuple(value.shape)})"
+    elif isinstance(value, Mapping | tuple | list) and not value:
+        yield f"{path} (empty {type(value).__name__})"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _contents(item, f"{path}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _contents(item, f"{path}[{number}]")
+    else:
+        yield f"{path} ({type(value).__name__})"
+
+
+@contextmanager
+def telling_contents(batch: Any) -> Iterator[None]:
+    """Add what a batch holds to errors of what runs on it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_foreign(error):
+            raise
+        retell(
+            error, "model or guide fails on this batch", f" The batch holds {contents_of(batch)}."
+        )
+
+
+def shapes_of(batch: Any, rows: int) -> tuple[Any, ...]:
+    """Describe how the tensors of a batch broadcast over its rows.
+
+    Whether there is one row alone, and of each tensor the number of dimensions, or which are of
+    size 1 where there are more than one.
+
+    Example:
+        >>> shapes_of([torch.zeros(5), torch.zeros(5, 1, 3)], 5)
+        (False, 1, (True, False))
+    """
+    found: list[Any] = [rows == 1]
     _add_shapes(data_of(batch), found)
     return tuple(found)
 

@@ -15,12 +15,13 @@ from pyro_lightning._lightning import (
     transferred,
     unshared,
 )
+from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import (
     example_batch,
     first_of,
     map_tensors,
 )
-from pyro_lightning.checks import check_leaves, check_sites, warn_of_unscaled
+from pyro_lightning.checks import check_leaves, check_sites, warn_of_unmet, warn_of_unscaled
 from pyro_lightning.few_rows import FewRows, keep_few_rows
 from pyro_lightning.first_run import (
     globals_of_data,
@@ -46,12 +47,13 @@ from pyro_lightning.ranks import (
     compare_ranks,
     failing_together,
 )
+from pyro_lightning.retold import telling
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.saved_sites import latent_shapes
-from pyro_lightning.shapes import check_broadcast
+from pyro_lightning.shapes import check_broadcast, check_square
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
 from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
@@ -106,7 +108,7 @@ class LifeCycle(Runs):
         self._prototype = self._few_rows.repeated(self._few_rows.shown)
         self._first_dtype = torch.get_default_dtype()
         self._checked_rows = self.num_rows(data)
-        self._known_shapes = frozenset([shapes_of(data)] if self._checked_rows > 1 else [])
+        self._known_shapes = frozenset([shapes_of(data, self._checked_rows)])
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
 
@@ -128,6 +130,7 @@ class LifeCycle(Runs):
             in_rows = {(table.site, table.plate) for table in tables}
             refuse_local_latents(self.guide, in_guide.sites, plates, in_rows)
             check_sites(in_model, in_guide, self.elbo, plates, shorter)
+            warn_of_unmet(in_model, in_guide)
             if not in_model.plates and not in_model.scale_sites:
                 warn_of_unscaled(in_model, plates, self._known_size())
             if counted and in_model.batch_size > 1:
@@ -192,14 +195,17 @@ class LifeCycle(Runs):
             ValueError: Naming site and shapes.
         """
         data = data_of(batch)
-        rows, shapes = self.num_rows(data), shapes_of(data)
-        if self._checks and rows > 1:
+        if self._checks:
             with preserved_state(self), self._isolated() as handled:
-                in_model, in_guide = run_once(self, self._with_rows(data), handled)
-            check_broadcast(in_model.sites, set(self._cut_plates), self._scale_sites)
-            check_broadcast(in_guide.sites, set(self._cut_plates))
-        if rows > 1:
-            self._known_shapes |= {shapes}
+                batch = self._with_rows(data)
+                in_model, in_guide = run_once(self, batch, handled)
+                plates, rows = set(self._cut_plates), in_model.batch_size
+                check_broadcast(in_model.sites, plates, self._scale_sites)
+                check_broadcast(in_guide.sites, plates)
+                if type(self).num_rows is LifeCycle.num_rows and rows > 1:
+                    shorter = partial(run_shorter, self, batch, handled)
+                    check_square(in_model.sites, plates, rows, shorter)
+        self._known_shapes |= {shapes_of(data, self.num_rows(data))}
 
     def setup(self, stage: str) -> None:
         """Read N and make lazy parameters, before optimizer, DDP and checkpoint need them."""
@@ -287,7 +293,7 @@ class LifeCycle(Runs):
             return self._given_size
         stated = getattr(self.trainer.datamodule, "dataset_size", None)  # type: ignore[attr-defined]
         if stated is not None:
-            return int(stated)
+            return read_count(stated, "dataset_size of the datamodule")
         if loader is None:
             raise ValueError(
                 "N, the number of training observations, is not known, and is never taken from "
@@ -318,11 +324,23 @@ class LifeCycle(Runs):
                 "there is nothing to train: neither model nor guide has a parameter. Use an "
                 "autoguide, or give the guide parameters."
             )
-        optimizer = rowwise(self._optimizer(parameters), self._row_parameters().values())
+        with telling("optimizer(parameters)"):
+            made = self._optimizer(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
+            )
+        optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
+        with telling("lr_scheduler(optimizer)"):
+            scheduler = self._lr_scheduler(optimizer)
+        if not (isinstance(scheduler, Mapping) or hasattr(scheduler, "step")):
+            raise TypeError(
+                "lr_scheduler must return a scheduler, or Lightning's dict of one, got "
+                f"{shortly(scheduler)}"
+            )
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
         if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):

@@ -9,6 +9,7 @@ from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
@@ -16,7 +17,7 @@ from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
-from pyro_lightning.layout import shapes_of
+from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.ranks import with_own_noise
@@ -65,7 +66,8 @@ class PyroSVIModule(Checkpoints):
         checks: Whether sites and shapes are checked on the first batch: guide and model that do not
             match, scales that differ, rows outside the data plate or broadcast, autoguides with
             latents of rows; and whether each batch must be laid out as the first of its loader,
-            with the same elements of the same types and numbers of dimensions. Sizes, parameters
+            with the same elements of the same types and numbers of dimensions, of which a mapping
+            may leave out some. Sizes, parameters
             that would not train, a likelihood that is not scaled, an ELBO that no batch can
             estimate, and losses that are not finite are errors in any case.
         compile: Whether loss and gradients run as one compiled graph: True; ``"strict"``, where
@@ -133,14 +135,15 @@ class PyroSVIModule(Checkpoints):
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
-        self._optimizer = optimizer or partial(torch.optim.Adam, lr=1e-2)
+        self._optimizer = partial(torch.optim.Adam, lr=1e-2) if optimizer is None else optimizer
         check_optimizer(self._optimizer)
-        self._lr_scheduler = lr_scheduler
+        expected = "a callable from the optimizer to a scheduler, or to Lightning's dict of one"
+        self._lr_scheduler = read_callable(lr_scheduler, "lr_scheduler", expected)
         self._data_plates, self._columns = read_data_plates(data_plate)
         self._scale_sites = read_names(scale_sites, "scale_sites")
         stated = next(iter(self._data_plates.values()), None)
-        if dataset_size is not None and dataset_size < 1:
-            raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
+        if dataset_size is not None:
+            dataset_size = read_count(dataset_size, "dataset_size")
         if dataset_size is not None and stated not in (None, dataset_size):
             raise ValueError(
                 f"dataset_size={dataset_size}, but data_plate states {stated} for the plate over "
@@ -149,12 +152,10 @@ class PyroSVIModule(Checkpoints):
         self._given_size = self._dataset_size = dataset_size or stated
         self._prototype: Any = None
         self._initialised = False
-        self._checks = checks
-        self._save_example = save_example
+        self._checks = read_flag(checks, "checks")
+        self._save_example = read_flag(save_example, "save_example")
         self._compiled = read_compile(compile)
-        if steps_per_batch < 1:
-            raise ValueError(f"steps_per_batch must be at least 1, got {steps_per_batch}")
-        self.steps_per_batch = steps_per_batch
+        self.steps_per_batch = steps_per_batch = read_count(steps_per_batch, "steps_per_batch")
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
@@ -192,7 +193,8 @@ class PyroSVIModule(Checkpoints):
             ValueError: When the batch is empty or larger than N, when nothing would be scaled, or
                 when the loss is not finite.
         """
-        return self._estimate(batch)[0]
+        with telling_contents(batch):
+            return self._estimate(batch)[0]
 
     @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
@@ -204,7 +206,7 @@ class PyroSVIModule(Checkpoints):
         unchecked = self._checked_rows == 1 or (trains and not self._checked_rows)
         if not self._initialised or (rows > 1 and unchecked):
             self._initialise(batch)
-        elif shapes_of(batch) not in self._known_shapes:
+        elif shapes_of(batch, rows) not in self._known_shapes:
             self._check_shapes(batch)
         # Validation data may outnumber the training set; training batches cannot.
         if rows > size and torch.is_grad_enabled():
@@ -273,7 +275,8 @@ class PyroSVIModule(Checkpoints):
         Args:
             batch: B rows, on the module's device.
         """
-        return table_of_sites(self, batch)
+        with telling_contents(batch):
+            return table_of_sites(self, batch)
 
     @torch.no_grad()
     def posterior_samples(
@@ -303,8 +306,7 @@ class PyroSVIModule(Checkpoints):
             raise RuntimeError(
                 "the guide has no parameters yet: fit the module, or call loss(batch) once"
             )
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        num_samples = read_count(num_samples, "num_samples")
         refuse_point(self.guide)
         if rows is not None and batch is not None:
             raise ValueError("rows and batch are two ways to say which rows to draw: give one")

@@ -1,6 +1,11 @@
 """What users say of data plates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pyro_lightning.arguments import read_count, shortly
 
 
 def read_names(names: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
@@ -13,10 +18,13 @@ def read_names(names: str | Sequence[str] | None, argument: str) -> tuple[str, .
         >>> read_names("y", "scale_sites")
         ('y',)
     """
-    found = (names,) if isinstance(names, str) else tuple(names or ())
+    if names is None:
+        return ()
+    listed = isinstance(names, Iterable) and not isinstance(names, Mapping | torch.Tensor)
+    found: tuple[Any, ...] = tuple(names) if listed and not isinstance(names, str) else (names,)
     if not all(isinstance(name, str) and name for name in found):
-        raise TypeError(f"{argument} must be a name or names, got {names!r}")
-    return found
+        raise TypeError(f"{argument} must be a name or names, got {shortly(names)}")
+    return tuple(dict.fromkeys(found))
 
 
 def read_data_plates(
@@ -44,13 +52,10 @@ def read_data_plates(
     if not isinstance(data_plate, Mapping):
         return dict.fromkeys(names), ()
     columns = names[1:]
-    for name, size in data_plate.items():
-        if size is None and name not in columns:
-            continue
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(
-                f"data_plate must state the size of '{name}' as an integer, got {size!r}"
-            )
-        if size < 1:
-            raise ValueError(f"data_plate states {size} for '{name}': expected at least 1")
-    return dict(data_plate), columns
+    sizes = {
+        name: None
+        if size is None and name not in columns
+        else read_count(size, f"the size of '{name}' in data_plate")
+        for name, size in data_plate.items()
+    }
+    return sizes, columns

@@ -1,8 +1,13 @@
 """Errors told once more, with where they arose."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import WrapperDescriptorType
 from typing import NoReturn
+
+_HERE = os.path.dirname(__file__)
 
 
 class _Message(str):
@@ -73,3 +78,20 @@ def _made(error: Exception, where: str, more: str) -> Exception | None:
 
 
 _BUILT_IN = (Exception.__str__, KeyError.__str__, OSError.__str__)
+
+
+def is_foreign(error: Exception) -> bool:
+    """Whether an error was raised outside this package: by a user's code, Pyro or torch."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or not trace.tb_frame.f_code.co_filename.startswith(_HERE)
+
+
+@contextmanager
+def telling(where: str) -> Iterator[None]:
+    """Add to errors where they arose."""
+    try:
+        yield
+    except Exception as error:
+        retell(error, where)

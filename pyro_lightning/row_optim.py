@@ -1,12 +1,15 @@
 """Optimizers that move a row's parameters only in steps whose batch holds the row."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
+
+from pyro_lightning.arguments import read_flag, read_fraction, read_number, shortly
 
 
 class _RowStep:
@@ -14,6 +17,24 @@ class _RowStep:
 
     param_groups: list[dict[str, Any]]
     state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch compares what it is given with 0, and says no name where that fails.
+        bound = signature(super().__init__).bind(*args, **kwargs)
+        given = bound.arguments
+        given["params"] = _read_parameters(given["params"])
+        for name in ("lr", "eps", "weight_decay"):
+            if name in given:
+                read_number(given[name], name)
+        for name in ("amsgrad", "maximize"):
+            if name in given:
+                read_flag(given[name], name)
+        betas = given.get("betas", (0.9, 0.999))
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shortly(betas)}")
+        for number, beta in enumerate(betas):
+            read_fraction(beta, f"betas[{number}]")
+        super().__init__(*bound.args, **bound.kwargs)
 
     def step(self, closure: Any = None) -> Any:
         """Take a step; ``closure`` computes loss and gradients anew."""
@@ -47,6 +68,24 @@ class _RowStep:
     # torch wraps a class's step with its hooks unless it is marked so; they stand around the step
     # that this one calls, and would run twice.
     step.hooked = True  # type: ignore[attr-defined]
+
+
+def _read_parameters(params: Any) -> list[Any]:
+    """Read tensors, groups, or tensors with names.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    listed = isinstance(params, Iterable) and not isinstance(params, str | bytes | torch.Tensor)
+    found = list(params) if listed else [params]
+    for each in found:
+        tensor = each[1] if isinstance(each, tuple) and len(each) == 2 else each
+        group = isinstance(tensor, dict) and "params" in tensor
+        if not listed or not (group or isinstance(tensor, torch.Tensor)):
+            raise TypeError(
+                f"params must be an iterable of parameters or groups, got {shortly(params)}"
+            )
+    return found
 
 
 class RowAdam(_RowStep, Adam):

@@ -1,6 +1,7 @@
 """Which rows of the data set a batch holds, for guides that keep parameters of each row."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 from torch.utils.data import default_collate as _default_collate
 
+from pyro_lightning.arguments import read_callable, shortly
 from pyro_lightning.retold import retell
 from pyro_lightning.sources import source_of
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class IndexedBatch(NamedTuple):
@@ -57,13 +61,15 @@ class IndexedDataset(Dataset[Any]):
     row_numbers = True
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        mapped = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        mapped = mapped and getattr(dataset, "shape", None) != ()
+        if isinstance(dataset, IterableDataset | type | Mapping | str | bytes) or not mapped:
             raise TypeError(
                 f"the rows of a {type(dataset).__name__} have no numbers: expected a map-style "
                 "data set, with __len__ and __getitem__"
             )
         self.dataset = dataset
-        self.collate_fn = collate_fn
+        self.collate_fn = read_callable(collate_fn, "collate_fn", "what joins a list of items")
         # Of the data set itself: wrapped anew, as hooks that make loaders do, it is no other.
         self.source = source_of(dataset)
 
@@ -76,16 +82,25 @@ class IndexedDataset(Dataset[Any]):
         return len(self)
 
     def __getitem__(self, index: int) -> IndexedBatch:
-        return IndexedBatch(self._item(index), self._number(index), self.source)
+        number = self._number(index)
+        return IndexedBatch(self._item(number), number, self.source)
 
-    def _item(self, index: int) -> Any:
+    def _item(self, number: int) -> Any:
         try:
-            return self.dataset[index]
+            return self.dataset[number]
         except Exception as error:
-            retell(error, f"row {self._number(index)} of the data set")
+            retell(error, f"row {number} of the data set")
 
     def _number(self, index: int) -> int:
-        return index + len(self) if index < 0 else index
+        try:
+            number = operator.index(index)
+        except TypeError:
+            raise TypeError(
+                f"the index of a row must be an integer, got {shortly(index)}"
+            ) from None
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"index {number} is out of range: the data set has {len(self)} rows")
+        return number + len(self) if number < 0 else number
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         fetch = getattr(self.dataset, "__getitems__", None)
@@ -94,7 +109,7 @@ class IndexedDataset(Dataset[Any]):
             items = fetch(indices) if fetch else None
         except Exception as error:
             retell(error, f"rows {shown(numbers)} of the data set")
-        items = [self._item(index) for index in indices] if items is None else items
+        items = [self._item(number) for number in numbers] if items is None else items
         if isinstance(items, list) and len(items) == len(indices):
             return [IndexedBatch(*pair, self.source) for pair in zip(items, numbers, strict=True)]
         return IndexedBatch(items, torch.as_tensor(numbers), self.source)
@@ -182,8 +197,13 @@ def checked_rows(batch: Any, batch_size: int, identities: int, source: Any) -> t
     """
     if not isinstance(batch, IndexedBatch):
         return None
-    rows = torch.as_tensor(batch.rows)
-    if rows.shape != (batch_size,) or rows.is_floating_point() or rows.dtype == torch.bool:
+    try:
+        rows = torch.as_tensor(batch.rows)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"row numbers must be B = {batch_size} integers, got {shortly(batch.rows)}"
+        ) from error
+    if rows.shape != (batch_size,) or rows.dtype not in _INTEGERS:
         raise ValueError(
             f"row numbers must be B = {batch_size} integers, got a tensor of shape "
             f"{tuple(rows.shape)} and {rows.dtype}"
@@ -220,15 +240,21 @@ def asked_rows(rows: Any, identities: int) -> torch.Tensor:
         >>> asked_rows(slice(0, 6, 2), 5)
         tensor([0, 2, 4])
     """
-    if isinstance(rows, slice):
-        numbers = torch.tensor(range(identities)[rows], dtype=torch.long)
-    else:
-        numbers = torch.as_tensor(rows).cpu()
-        if numbers.dtype == torch.bool and numbers.shape == (identities,):
-            numbers = numbers.nonzero().flatten()
+    try:
+        if isinstance(rows, slice):
+            numbers = torch.tensor(range(identities)[rows], dtype=torch.long)
+        else:
+            numbers = torch.as_tensor(rows).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            "rows must be a sequence of integers, a slice, or a mask of one bool for each of "
+            f"{identities} rows; got {shortly(rows)}"
+        ) from error
+    if numbers.dtype == torch.bool and numbers.shape == (identities,):
+        numbers = numbers.nonzero().flatten()
     if not numbers.numel():
         raise ValueError("rows is empty: name at least one row")
-    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+    if numbers.dim() != 1 or numbers.dtype not in _INTEGERS:
         raise ValueError(
             "rows must be a sequence of integers, a slice, or a mask of one bool for each of "
             f"{identities} rows; got a tensor of shape {tuple(numbers.shape)} and {numbers.dtype}"

@@ -43,6 +43,16 @@ def check_broadcast(
         if shapes is None or site["infer"].get("_deterministic"):
             continue
         value, whole = shapes
+        for frame in site["cond_indep_stack"]:
+            stands = frame.name in plates and frame.dim and frame.size > 0  # -1: of no size
+            found = whole.get(frame.dim, 1) if stands else 1
+            if found not in (1, frame.size):
+                raise ValueError(
+                    f"{described(site)} has a log-probability of shape {_tuple(whole)}: its "
+                    f"dimension {frame.dim}, at which plate '{frame.name}' of size {frame.size} "
+                    f"stands, holds {found}. Let the rows stand there in data and parameters, "
+                    f"or give the plate another `dim`. {SEE_TABLE}"
+                )
         extra = _undeclared(site, whole)
         if site["is_observed"] and site["value"].numel() != 1:
             wrong = bool(extra) and any(size != whole[d] for d, size in value.items())
@@ -66,6 +76,52 @@ def check_broadcast(
                 f"with all. Give the data the shape {tuple(fn.batch_shape + fn.event_shape)}, by "
                 f"`.unsqueeze(-1)` for example. {SEE_TABLE}"
             )
+
+
+def check_square(
+    model_sites: Iterable[Any],
+    plates: Iterable[str],
+    rows: int,
+    run_shorter: Callable[[Messenger], list[Any]],
+) -> None:
+    r"""Check that the rows of an observation stand at the plate, where another dimension has B.
+
+    Data of shape ``(B, B)`` in a plate at dimension -1 may be rows by columns, which would compare
+    column j with what the model says of row j. With a row less, the plate's dimension tells.
+
+    Args:
+        model_sites: Messages of the model's sites in one run on B rows.
+        plates: Names of the data plates.
+        rows: B.
+        run_shorter: As :func:`check_growth` needs it.
+
+    Raises:
+        ValueError: Naming site and shapes.
+    """
+    plates, model_sites = set(plates), list(model_sites)
+    suspects: dict[str, Any] = {}
+    for site in model_sites:
+        shapes = _batch_shapes(site) if site["is_observed"] else None
+        frames = [f for f in site["cond_indep_stack"] if f.name in plates and f.dim is not None]
+        if shapes and frames and rows in _undeclared(site, shapes[0]).values():
+            suspects[site["name"]] = site, frames[0].dim
+    if not suspects:
+        return
+    latents = {s["name"]: s["value"] for s in model_sites if not s["is_observed"]}
+    error: Exception | None = None
+    try:
+        again = {s["name"]: s for s in run_shorter(ShortenedValues(latents))}
+    except Exception as raised:
+        again, error = {}, raised
+    for name, (site, dim) in suspects.items():
+        shapes = _batch_shapes(again[name]) if name in again else None
+        if shapes is None or shapes[0].get(dim, 1) not in (1, rows - 1):
+            raise ValueError(
+                f"{described(site)} holds {rows} at two dimensions, and not the rows of the batch "
+                f"at dimension {dim}, where their plate stands: column j would be compared with "
+                "what the model says of row j. Declare columns an event by `.to_event(1)`, or give "
+                f"them a plate of their own. {SEE_TABLE}"
+            ) from error
 
 
 def _crossed(site: Any) -> bool:

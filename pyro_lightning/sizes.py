@@ -14,6 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_lightning.arguments import read_count, read_number
 from pyro_lightning.padding import share_of
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.streams import STATE_IT, stream_size
@@ -113,6 +114,7 @@ def mean_batch_size(loader: Any, num_batches: float) -> float | None:
         >>> mean_batch_size(DataLoader(range(101), batch_size=51, sampler=share), 1)
         50.5
     """
+    num_batches = read_number(num_batches, "num_batches", finite=False)
     share = share_of(loader, num_batches) if num_batches else None
     if share is None or not share.of_rows:
         return None
@@ -165,8 +167,15 @@ def batch_weight(batch_size: int, mean_batch_size: float | None) -> float:
     The M batches are those of all ranks. The mean over an epoch of :math:`w_b` times the loss at
     scale :math:`N / B_b` is then the loss of the full data; equal batches get exactly 1.
 
+    Raises:
+        TypeError: For what is no number.
+        ValueError: For a batch size below 1, or a mean that is not above 0.
+
     Example:
         >>> batch_weight(100, 50.5) * 101 / 100, batch_weight(1, 50.5) * 101 / 1
         (2.0, 2.0)
     """
-    return 1.0 if mean_batch_size is None else batch_size / mean_batch_size
+    size = read_count(batch_size, "batch_size")
+    if mean_batch_size is None:
+        return 1.0
+    return size / read_number(mean_batch_size, "mean_batch_size", positive=True)

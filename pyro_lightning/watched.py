@@ -15,6 +15,17 @@ from pyro_lightning.rows import shown
 class FailedBatch:
     """What comes in the place of a batch that its loader could not make, where such are skipped.
 
+    Hooks that look into batches meet it with ``PyroSVIModule(..., bad_batches="skip")``.
+
+    Args:
+        error: What the loader raised.
+        where: Which batch it is.
+
+    Example:
+        >>> failed = FailedBatch(OSError("no such file"), "training batch 3 of epoch 0")
+        >>> failed.where, str(failed.error)
+        ('training batch 3 of epoch 0', 'no such file')
+
     Attributes:
         error: What the loader raised.
         where: Which batch it is.

@@ -231,6 +231,7 @@ ODD = {
     "integers": (ZERO, ZERO.long(), "batch is int64, and was float32"),
     "dimensions": (ZERO, ZERO[None], "batch has 2 dimensions, and had 1"),
     "elements": ((ZERO, ZERO), (ZERO,), "batch has 1 elements, and had 2"),
+    "field": ({"x": ZERO, "y": ZERO}, {"x": ZERO.double()}, r".*batch\['x'\] is float64"),
     "container": ({"x": ZERO}, (ZERO,), "batch is a sequence of 1 elements, and was a mapping"),
     "no tensor": ((ZERO, ZERO), (ZERO, "a"), r"batch\[1\] is a .*, and was a tensor of float32"),
 }
@@ -245,6 +246,23 @@ def test_a_batch_of_another_layout(case):
     usual, odd, match = ODD[case]
     with pytest.raises(ValueError, match=rf"batch 1 of epoch 0 .*Unlike the first batch: {match}"):
         fit(DataLoader(Parts(usual, odd), batch_size=B), any_model)
+
+
+def test_fields_that_a_model_does_without_may_be_left_out():
+    for usual, odd in (
+        ({"x": ZERO, "y": ZERO}, {"x": ZERO}),
+        ({"x": ZERO}, {"x": ZERO, "y": ZERO}),
+    ):
+        fit(DataLoader(Parts(usual, odd), batch_size=B), any_model)
+
+
+def test_a_field_that_the_model_needs_is_named_where_it_is_left_out():
+    def needs(x, y):
+        normal_mean(x + y)
+
+    loader = DataLoader(Parts({"x": ZERO, "y": ZERO}, {"x": ZERO}), batch_size=B)
+    with pytest.raises(TypeError, match=r"argument: 'y'.*Unlike the first batch: batch\['y'\] is"):
+        fit(loader, needs)
 
 
 def test_another_layout_may_be_meant():

@@ -286,6 +286,13 @@ REFUSED = [
     (ValueError, r"val_split must lie in \[0, 1\), got nan", (many(10),), {"val_split": np.nan}),
     (ValueError, "leave none of 10 rows", (many(10),), {"val_split": 0.5, "test_split": 0.5}),
     (ValueError, "leave none of 10 rows", (many(10),), {"val_split": 0.99}),
+    (TypeError, "array 0 is masked", (np.ma.array(np.ones(3)),), {}),
+    (TypeError, "array 0 is sparse", (torch.ones(3).to_sparse(),), {}),
+    (TypeError, "val: array 0 has dtype <U1", (many(3),), {"val": np.array(["a"])}),
+    (TypeError, "batch_size must be a whole number, got '8'", (many(3), "8"), {}),
+    (TypeError, "drop_last must be True or False, got 1", (many(3),), {"drop_last": 1}),
+    (ValueError, 'shuffle must be True, False or "blocks", got 1', (many(3),), {"shuffle": 1}),
+    (ValueError, 'device must be None, "auto" or a device', (many(3),), {"device": "gpu0"}),
     (ValueError, "val or val_split, not both", (many(10),), {"val_split": 0.5, "val": many(3)}),
 ]
 

@@ -190,6 +190,60 @@ def test_number_of_draws_below_one():
         svi.posterior_samples(0)
 
 
+def test_whole_numbers_that_are_floats():
+    svi = PyroSVIModule(normal_mean, dataset_size=1e3, steps_per_batch=2.0)
+    assert (svi.dataset_size, svi.steps_per_batch) == (1000, 2)
+
+
+@pytest.mark.parametrize("argument", ["dataset_size", "steps_per_batch"])
+@pytest.mark.parametrize("value", ["7", 2.5, True, None, [3]])
+def test_number_that_is_none(argument, value):
+    if argument == "dataset_size" and value is None:
+        return
+    with pytest.raises(TypeError, match=f"{argument} must be a whole number, got"):
+        PyroSVIModule(normal_mean, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("argument", "unmet"), [("data_plate", "plates are 'data'"), ("scale_sites", "sites are")]
+)
+def test_name_that_the_model_does_not_have(argument, unmet):
+    named = ("data", "typo") if argument == "data_plate" else "typo"
+    svi = PyroSVIModule(normal_mean, dataset_size=10, **{argument: named})
+    with pytest.warns(UserWarning, match=f"{argument} names 'typo', .* {unmet}"):
+        svi.loss(torch.zeros(4))
+
+
+def test_latent_in_a_sequential_plate_under_an_autoguide():
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z_{i}", pyro.distributions.Normal(0.0, 1.0))
+            pyro.sample(f"x_{i}", pyro.distributions.Normal(z, 1.0), obs=x[i])
+
+    svi = PyroSVIModule(model, dataset_size=10)
+    match = "latent site 'z_0' stands in the sequential plate 'data' .*AutoNormal does not serve"
+    with pytest.raises(ValueError, match=match):
+        svi.loss(torch.zeros(3))
+
+
+@pytest.mark.parametrize("key", [0, None])
+def test_a_mapping_whose_keys_are_no_names(key):
+    svi = PyroSVIModule(normal_mean, dataset_size=10)
+    with pytest.raises(TypeError, match=f"its key {key} is no string.*model_inputs"):
+        svi.loss({key: torch.zeros(4)})
+
+
+def test_a_loss_that_is_complex():
+    def model(x):
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.factor("term", x * mu)
+
+    svi = PyroSVIModule(model, dataset_size=10, checks=False)
+    with pytest.raises(ValueError, match="the loss is a number of torch.complex64"):
+        svi.loss(torch.ones(3) * 1j)
+
+
 # -- a fit that cannot start -----------------------------------------------------------------------
 
 
@@ -216,6 +270,23 @@ def test_nothing_to_train_but_frozen_parameters():
 
     with pytest.raises(ValueError, match="nothing to train"):
         quiet_trainer(max_epochs=1).fit(Frozen(), DataLoader(torch.zeros(8), batch_size=4))
+
+
+@no_validation
+@pytest.mark.parametrize(
+    ("argument", "made"), [("optimizer", "a torch optimizer"), ("lr_scheduler", "a scheduler")]
+)
+def test_what_is_called_returns_something_else(argument, made):
+    svi = PyroSVIModule(normal_mean, **{argument: lambda given: 3})
+    with pytest.raises(TypeError, match=f"{argument} must return {made}.*, got 3"):
+        quiet_trainer(max_epochs=1).fit(svi, DataLoader(torch.zeros(8), batch_size=4))
+
+
+@no_validation
+def test_what_is_called_raises():
+    svi = PyroSVIModule(normal_mean, optimizer=partial(torch.optim.Adam, lr=-1.0))
+    with pytest.raises(ValueError, match=r"optimizer\(parameters\): Invalid learning rate"):
+        quiet_trainer(max_epochs=1).fit(svi, DataLoader(torch.zeros(8), batch_size=4))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])

@@ -45,6 +45,41 @@ def test_data_and_parameters_of_other_shapes(loc, data, nesting):
     refused(match, model, elbo=Trace_ELBO(max_plate_nesting=nesting))
 
 
+@pytest.mark.parametrize("nesting", [1, float("inf")])
+def test_as_many_columns_as_rows_beside_the_plate(nesting):
+    # (B, B) data fit a plate at dimension -1, which then goes over the columns.
+    def model(x):
+        loc = bias()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    match = [f"site 'x' (shape ({B}, {B})", f"holds {B} at two dimensions"]
+    elbo = Trace_ELBO(max_plate_nesting=nesting)
+    refused(match, model, batch=torch.arange(float(B * B)).reshape(B, B), elbo=elbo)
+
+
+def test_as_many_replicates_as_rows_in_this_batch_pass():
+    # Replicates stand left of the plate, and happen to be as many as the rows.
+    def model(x):
+        loc = bias()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x.T)
+
+    square = torch.arange(float(B * B)).reshape(B, B)
+    elbo = Trace_ELBO(max_plate_nesting=1)
+    assert loss_of(model, batch=square, elbo=elbo) == pytest.approx(-SCALE * log_standard(square))
+
+
+def test_a_plate_of_another_size_than_what_stands_there():
+    def model(x):
+        loc = bias()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0, validate_args=False), obs=x)
+
+    with pyro.validation_enabled(False):
+        refused(["plate 'data' of size 1 stands, holds 6"], model, batch=torch.zeros(1, 6))
+
+
 def test_mask_of_another_shape():
     def model(x):
         with pyro.plate("data", len(x)), poutine.mask(mask=(x > 0)[:, None]):
