@@ -1,6 +1,7 @@
 """The LightningModule that owns model, guide and ELBO."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import nn
 
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
@@ -26,10 +26,11 @@ from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
+from pyro_lightning.spawned import Spawned
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Checkpoints):
+class PyroSVIModule(Spawned):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -174,6 +175,7 @@ class PyroSVIModule(Checkpoints):
         It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
         :func:`pyro_lightning.batch_weight`.
         """
+        self._follow_own_step(batch)
         return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -194,7 +196,17 @@ class PyroSVIModule(Checkpoints):
                 when the loss is not finite.
         """
         with telling_contents(batch):
-            return self._estimate(batch)[0]
+            loss: torch.Tensor = self._estimate(batch)[0]
+        self._follow_own_step(batch)
+        return loss
+
+    def _follow_own_step(self, batch: Any) -> None:
+        """Know of a batch what :meth:`training_step` knows, in one of the user's own."""
+        trainer = self._trainer
+        if self._in_hand is None and trainer is not None and trainer.training:
+            self._follow_loader(batch)
+            if torch.is_grad_enabled():
+                self._mark_rows(batch)
 
     @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
@@ -317,10 +329,16 @@ class PyroSVIModule(Checkpoints):
                 "Give it: posterior_samples(num_samples, batch=batch); or give these latents "
                 "parameters of their own."
             )
-        given, places = batch is not None, torch.empty(0)
-        local: dict[str, int] = {}
+        given = batch is not None
         batch = self.transfer_batch_to_device(batch if given else self._prototype, self.device, 0)
-        count = self.num_rows(data_of(batch))
+        with telling_contents(batch) if given else nullcontext():
+            return self._draw(num_samples, rows, batch, given)
+
+    def _draw(
+        self, num_samples: int, rows: Any, batch: Any, given: bool
+    ) -> dict[str, torch.Tensor]:
+        local: dict[str, int] = {}
+        count, places = self.num_rows(data_of(batch)), torch.empty(0)
         if given:
             self._refuse_untrained(batch)
         else:

@@ -74,9 +74,7 @@ def gradient(counts):
 @pytest.mark.parametrize(
     ("run", "counts", "steps"), [("unequal", UNEQUAL, 4), ("unequal_steps", UNEQUAL_STEPS, 4)]
 )
-def test_each_row_weighs_the_same_where_ranks_have_other_numbers_of_rows(
-    found, run, counts, steps
-):
+def test_each_row_weighs_the_same_where_ranks_have_other_numbers_of_rows(found, run, counts, steps):
     gradients = of_both(found[run], "gradients")
     assert of_both(found[run], "error") is None
     assert len(gradients) == steps == of_both(found[run], "steps")
@@ -123,6 +121,12 @@ def test_ranks_that_read_another_n_are_refused(found):
 
 def test_a_loader_with_a_length_on_some_ranks_only_is_refused(found):
     assert all("none on rank 0" in error for error in errors(found["lengths_known"]))
+
+
+def test_parameters_of_rows_alone_are_refused(found):
+    assert all(
+        "every parameter of this fit belongs to a row" in e for e in errors(found["rows_alone"])
+    )
 
 
 def test_n_read_from_rows_that_nobody_shares_out_is_warned_of(found):
