@@ -24,6 +24,7 @@ from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
+from pyro_lightning.saved_sites import refuse_other_draws
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.spawned import Spawned
@@ -330,7 +331,7 @@ class PyroSVIModule(Spawned):
                 "parameters of their own."
             )
         given = batch is not None
-        batch = self.transfer_batch_to_device(batch if given else self._prototype, self.device, 0)
+        batch = batch if given else self._prototype
         with telling_contents(batch) if given else nullcontext():
             return self._draw(num_samples, rows, batch, given)
 
@@ -338,6 +339,7 @@ class PyroSVIModule(Spawned):
         self, num_samples: int, rows: Any, batch: Any, given: bool
     ) -> dict[str, torch.Tensor]:
         local: dict[str, int] = {}
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
         count, places = self.num_rows(data_of(batch)), torch.empty(0)
         if given:
             self._refuse_untrained(batch)
@@ -356,6 +358,8 @@ class PyroSVIModule(Spawned):
             draws = sample_latents(
                 guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
             )
+        if given:
+            refuse_other_draws(draws, self._sites, count)
         for site, dim in local.items():
             # A row that is asked for twice has one latent, and so one draw of it.
             draws[site] = draws[site].index_select(dim + 1, places.to(draws[site].device))
