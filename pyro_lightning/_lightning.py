@@ -34,7 +34,9 @@ def stage_loader(trainer: Trainer, stage: str) -> Any:
         "test": trainer.test_loop,
     }
     source = loops[stage]._data_source
-    return source.dataloader() if source.is_defined() else None
+    loader = source.dataloader() if source.is_defined() else None
+    # Which is its own iterator; it would forget a place that it had.
+    return loader.iterables if isinstance(loader, CombinedLoader) else loader
 
 
 def loses_new_parameters(trainer: Trainer) -> bool:
