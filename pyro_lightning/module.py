@@ -241,8 +241,7 @@ class PyroSVIModule(Checkpoints):
             real, rows = self._without_repeats(batch, batch_idx)
             if self.steps_per_batch > 1:
                 return self._log_steps(self._take_steps(batch, real, rows))
-            done = self._step_at_once(real) if rows else None
-            done = done or self._attempt(partial(self._weighted_loss, real, rows), rows)
+            done = self._attempt(partial(self._step_or_loss, real, rows), rows)
             if done is None:
                 return self._without_step()
             loss, result = done
