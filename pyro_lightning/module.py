@@ -14,6 +14,7 @@ from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
+from pyro_lightning.fit_state import FitState
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
@@ -21,7 +22,6 @@ from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.ranks import with_own_noise
-from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
