@@ -226,6 +226,17 @@ def _set_all(tracker: dict[str, int], value: int) -> None:
     tracker.update(dict.fromkeys(tracker, value))
 
 
+def loaded_in_epoch(trainer: Trainer) -> int | None:
+    """In which epoch the training loaders were made, which tells when they are made anew."""
+    epoch = trainer.fit_loop._last_train_dl_reload_epoch
+    return int(epoch) if epoch >= 0 else None  # minus infinity before they are made
+
+
+def set_loaded_in_epoch(trainer: Trainer, epoch: int) -> None:
+    """Have training loaders made anew as if they were made in an epoch."""
+    trainer.fit_loop._last_train_dl_reload_epoch = epoch
+
+
 def put_loaders(trainer: Trainer, loaders: list[Any]) -> None:
     """Have Lightning iterate over other loaders, from the next iterator on."""
     combined = trainer.fit_loop._combined_loader
