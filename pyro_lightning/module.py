@@ -18,6 +18,7 @@ from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
+from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.ranks import with_own_noise
@@ -91,6 +92,11 @@ class PyroSVIModule(Checkpoints):
             the batch, which never train. This holds for a stated N, too. A step that is not
             taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
             parameters that are not finite, and where no batch of an epoch is good.
+        metrics: What validation and test evaluate beside the loss: a torchmetrics ``Metric``,
+            several, a ``MetricCollection``, a dict of names, or a dict of sites and several where
+            more than one is observed. Each is fed what its ``update`` names: ``draws``, S posterior
+            predictive draws ``(S, B, ...)``; ``preds``, their mean; ``target``; ``log_likelihood``,
+            ``(S, B)``; ``loss_per_obs``; ``rows``, B. See :meth:`metrics_of`.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -128,6 +134,7 @@ class PyroSVIModule(Checkpoints):
         steps_per_batch: int = 1,
         save_example: bool = True,
         bad_batches: str = "raise",
+        metrics: Given = None,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -159,6 +166,7 @@ class PyroSVIModule(Checkpoints):
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
+        self._read_metrics(metrics)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 

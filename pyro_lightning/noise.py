@@ -10,7 +10,11 @@ import torch
 
 @contextmanager
 def noise_of_rank(
-    rank: int, world_size: int, device: torch.device, in_python: bool = False
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    in_python: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Iterator[None]:
     """Draw, within the context, other random numbers on each rank.
 
@@ -26,6 +30,7 @@ def noise_of_rank(
         world_size: R.
         device: Whose generator is seeded beside the CPU's.
         in_python: Whether Python's and NumPy's generators are, too; they cost more than torch's.
+        generator: Where the seeds are drawn; the default generator, if None.
 
     Example:
         >>> draws = []
@@ -36,7 +41,8 @@ def noise_of_rank(
         >>> bool(draws[0] == draws[1])
         False
     """
-    seed = torch.empty(world_size, dtype=torch.int64, device="cpu").random_().tolist()[rank]
+    seeds = torch.empty(world_size, dtype=torch.int64, device="cpu").random_(generator=generator)
+    seed = seeds.tolist()[rank]
     before = (random.getstate(), np.random.get_state()) if in_python else None
     here, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     try:

@@ -1,0 +1,207 @@
+"""`metrics=`: torchmetrics that are fed in validation and test, and logged under their own keys."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from pyro_lightning.bad_batches import BadBatches
+from pyro_lightning.metric_feeding import (
+    FROM_DRAWS,
+    OF_A_SITE,
+    Evaluated,
+    Given,
+    SiteMetrics,
+    read_metrics,
+)
+from pyro_lightning.noise import noise_of_rank
+from pyro_lightning.predictive import draws_vectorise, log_likelihood_of, predictive_draws
+from pyro_lightning.targets import observed_targets
+
+_OF_BATCHES = OF_A_SITE | {"log_likelihood"}
+
+
+class MetricsOfEpoch(Callback):
+    """Begins and logs the metrics of an evaluation, where a subclass has these hooks, too."""
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the batches of the evaluation before."""
+        if isinstance(pl_module, MetricHooks):
+            pl_module._begin_metrics("val", len(trainer.num_val_batches))
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the batches of the evaluation before."""
+        if isinstance(pl_module, MetricHooks):
+            pl_module._begin_metrics("test", len(trainer.num_test_batches))
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the metrics give."""
+        if isinstance(pl_module, MetricHooks):
+            pl_module._log_metrics("val")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the metrics give."""
+        if isinstance(pl_module, MetricHooks):
+            pl_module._log_metrics("test")
+
+
+class EvaluationDraws(NamedTuple):
+    """What the batches of one evaluation share.
+
+    Attributes:
+        noise: Where the noise of each batch comes from.
+        posterior: Draws of the global latents; None where each batch has its own.
+        parallel: Whether one run of the model serves all draws.
+    """
+
+    noise: torch.Generator
+    posterior: Mapping[str, torch.Tensor] | None
+    parallel: bool
+
+
+class MetricHooks(BadBatches):
+    """Feeds metrics from posterior predictive draws of the batches of validation and test."""
+
+    _metric_draws: EvaluationDraws | None = None
+
+    def _read_metrics(self, metrics: Given) -> None:
+        collections = read_metrics(metrics)
+        self._metrics = nn.ModuleDict()
+        self._metric_draws = None
+        for stage in ("val", "test"):
+            if collections:
+                self._metrics[stage] = nn.ModuleList([SiteMetrics(collections)])
+
+    def metrics_of(self, stage: str, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the metrics of the last validation or test, with what they were fed, by name.
+
+        They are there to be plotted: ``svi.metrics_of("val")["PITHistogram"].plot()``. Names of a
+        site's metrics begin with the site. On several processes call ``compute`` and ``plot`` on
+        all.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+            dataloader_idx: Which of several loaders.
+        """
+        held = self._held(stage)
+        if not held:
+            return {}
+        if not 0 <= dataloader_idx < len(held):
+            raise ValueError(f"there are metrics of {len(held)} loaders, not of {dataloader_idx}")
+        return held[dataloader_idx].named()
+
+    def _held(self, stage: str) -> Sequence[SiteMetrics]:
+        """Return the metrics of each loader."""
+        held: Any = self._metrics[stage] if stage in self._metrics else []
+        return held  # type: ignore[no-any-return]
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have metrics begun and logged."""
+        held: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self._metrics and not any(isinstance(each, MetricsOfEpoch) for each in held):
+            held.insert(0, MetricsOfEpoch())
+        super().setup(stage)
+
+    def _begin_metrics(self, stage: str, loaders: int) -> None:
+        held: Any = self._held(stage)
+        self._metric_draws = None
+        while held and len(held) < loaders:
+            held.append(held[0].another().to(self.device))
+        for each in held:
+            each.reset()
+
+    def _log_metrics(self, stage: str) -> None:
+        self._metric_draws = None
+        held = self._held(stage)
+        for number, each in enumerate(held):
+            fed = torch.tensor(float(each.batches), device=self.device)
+            fed = self.trainer.strategy.reduce(fed, reduce_op="sum")
+            suffix = f"/dataloader_idx_{number}" if len(held) > 1 else ""
+            if not fed:  # on any rank
+                continue
+            # Equal on all ranks, as Lightning cannot know. Of several loaders it names those of a
+            # step only.
+            options = {"sync_dist": True, "add_dataloader_idx": False}
+            for name, value in each.numbers(f"{stage}_").items():
+                self.log(f"{name}{suffix}", value, on_step=False, on_epoch=True, **options)
+
+    # -- a batch ---------------------------------------------------------------------------------
+
+    def _update_metrics(
+        self, stage: str, batch: Any, rows: int, per_obs: torch.Tensor, dataloader_idx: int
+    ) -> None:
+        """Feed the metrics a batch without repeated rows."""
+        held = self._held(stage)
+        if not held or not rows:
+            return
+        metrics = held[dataloader_idx]
+        evaluated = Evaluated(per_obs, rows)
+        if metrics.needs & _OF_BATCHES:
+            # No figure is another for the draws of metrics, which are other numbers.
+            if self._metric_draws is None:
+                self._metric_draws = self._draws_of_evaluation(batch)
+            with self._noise(self._metric_draws.noise, own=True), torch.no_grad():
+                evaluated = self._predict(metrics, batch, evaluated, self._metric_draws)
+        metrics.update(evaluated)
+
+    def _draws_of_evaluation(self, batch: Any) -> EvaluationDraws:
+        """Draw the global latents, once for all batches and ranks."""
+        default = torch.Generator()
+        default.set_state(torch.get_rng_state())
+        # Not the seed that the noise of a rank begins with, either.
+        seed = torch.empty((), dtype=torch.int64).random_(generator=default).item()
+        noise = torch.Generator().manual_seed(int(seed) ^ 1)
+        posterior = None
+        with self._noise(noise):
+            if not self._globals_of_data:
+                posterior = self.posterior_samples(self._num_draws)
+            given = self._posterior(posterior, batch)
+            parallel = draws_vectorise(self, batch, given, self._num_draws)
+        return EvaluationDraws(noise, posterior, parallel)
+
+    def _posterior(
+        self, posterior: Mapping[str, torch.Tensor] | None, batch: Any
+    ) -> Mapping[str, torch.Tensor]:
+        if posterior is not None:
+            return posterior
+        return self.posterior_samples(self._num_draws, batch=batch)
+
+    def _predict(
+        self, metrics: SiteMetrics, batch: Any, evaluated: Evaluated, shared: EvaluationDraws
+    ) -> Evaluated:
+        posterior = self._posterior(shared.posterior, batch)
+        target = observed_targets(self, batch, posterior, self._num_draws)
+        evaluated.target = target
+        options: dict[str, Any] = {"parallel": shared.parallel}
+        if sites := metrics.sites_for(FROM_DRAWS, target):
+            evaluated.draws = predictive_draws(
+                self, batch, posterior, self._num_draws, sites=sorted(sites), **options
+            )
+        if metrics.sites_for({"log_likelihood"}, target):
+            each = log_likelihood_of(self, batch, posterior, self._num_draws, **options)
+            # Other plates are of entries of a row.
+            evaluated.log_likelihood = {
+                name: terms.reshape(*terms.shape[:2], -1).sum(-1) for name, terms in each.items()
+            }
+        return evaluated
+
+    def _noise(self, generator: torch.Generator, own: bool = False) -> AbstractContextManager[None]:
+        """Draw random numbers that follow from a generator: a rank's own, or those of all."""
+        trainer = self.trainer
+        rank, ranks = (trainer.global_rank, trainer.world_size) if own else (0, 1)
+        return noise_of_rank(rank, ranks, self.device, self._draws_in_python, generator)
+
+    @property
+    def _num_draws(self) -> int:
+        return 200
+
+    def posterior_samples(
+        self, num_samples: int, rows: Any = None, *, batch: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """Draw latents from the guide."""
+        raise NotImplementedError
