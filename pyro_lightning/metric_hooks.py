@@ -110,10 +110,13 @@ class MetricHooks(BadBatches):
     def _begin_metrics(self, stage: str, loaders: int) -> None:
         held: Any = self._held(stage)
         self._metric_draws = None
-        while held and len(held) < loaders:
-            held.append(held[0].another().to(self.device))
-        for each in held:
-            each.reset()
+        # States that can be fed after the evaluation, too.
+        with torch.inference_mode(False):
+            while held and len(held) < loaders:
+                held.append(held[0].another().to(self.device))
+            del held[loaders:]
+            for each in held:
+                each.reset()
 
     def _log_metrics(self, stage: str) -> None:
         self._metric_draws = None

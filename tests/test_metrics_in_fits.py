@@ -1,5 +1,6 @@
 """`metrics=`: what a module feeds to metrics in validation and test, and what it logs."""
 
+import json
 import math
 from functools import partial
 
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningCLI
 from metric_models import all_metrics
 from pyro.infer.autoguide import AutoNormal
 from scipy import stats
@@ -30,6 +32,7 @@ from pyro_lightning import (
     PITHistogram,
     PyroSVIModule,
 )
+from pyro_lightning.metric_feeding import Given
 
 
 class Seen(Metric):
@@ -262,6 +265,22 @@ def test_a_metric_that_asks_for_something_else_is_refused():
         PyroSVIModule(normal_mean, metrics={"mean": MeanMetric()})
 
 
+class Settled(PyroSVIModule):
+    def __init__(self, metrics: Given = None):
+        super().__init__(dataset_size=20, metrics=metrics)
+
+    def model(self, x):
+        normal_mean(x)
+
+
+def test_metrics_are_made_from_a_configuration():
+    levels = {"class_path": "pyro_lightning.IntervalCoverage", "init_args": {"levels": [0.8]}}
+    given = {"mse": "torchmetrics.MeanSquaredError", "interval": levels}
+    args = [f"--model.metrics={json.dumps(given)}", "--trainer.accelerator=cpu"]
+    svi = LightningCLI(Settled, args=args, run=False, auto_configure_optimizers=False).model
+    assert {"val_mse", "val_coverage_0.8"} <= validated(svi, loader(rows(20))).keys()
+
+
 # -- life --------------------------------------------------------------------------------------
 
 
@@ -292,6 +311,17 @@ def test_each_loader_has_figures_of_its_own():
     assert figures["val_MeanAbsoluteError/dataloader_idx_1"] > 40
     assert figures["val_elpd/dataloader_idx_1"] < -900 < figures["val_elpd/dataloader_idx_0"]
     assert {"MeanAbsoluteError", "LogPredictiveDensity"} == set(svi.metrics_of("val", 1))
+    assert "val_MeanAbsoluteError" in validated(svi, near)
+    with pytest.raises(ValueError, match="metrics of 1 loaders, not of 1"):
+        svi.metrics_of("val", 1)
+
+
+def test_metrics_can_be_fed_and_plotted_after_an_evaluation():
+    svi = settled(metrics=PITHistogram())
+    validated(svi, loader(rows(20)))
+    metric = svi.metrics_of("val")["PITHistogram"]
+    metric.update(rows(40).reshape(40, 1), rows(1))
+    assert float(metric.masses.sum()) == pytest.approx(21)
 
 
 def test_each_evaluation_begins_anew_and_stays_until_the_next():
