@@ -14,6 +14,8 @@ from pyro_lightning.metrics import (
     PITHistogram,
 )
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.prediction import Prediction
+from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
@@ -31,6 +33,8 @@ __all__ = [
     "LogPredictiveDensity",
     "NegativeELBO",
     "PITHistogram",
+    "Prediction",
+    "PredictionWriter",
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",

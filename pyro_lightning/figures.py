@@ -52,15 +52,15 @@ class Figures(MetricHooks):
         size = self._known_size() if result.whole else max(result.rows, 1)
         return result.loss.detach() / size
 
-    def _log_evaluation(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _log_evaluation(self, stage: str, batch: Any, *numbers: int) -> None:
         """Log the figures of a batch of an evaluation, of this number and of this loader."""
         found, rows = None, 0
         if not self._begin():
-            batch, rows = self._without_repeats(batch, batch_idx, dataloader_idx)
+            batch, rows = self._without_repeats(batch, *numbers)
             found = self._attempt(partial(self._estimate, batch, held_out=True), rows)
         if found is not None:
             per_obs = self._per_observation(StepResult(found[0], rows, found[1]))
-            self._update_metrics(stage, batch, rows, per_obs, dataloader_idx)
+            self._update_metrics(stage, batch, rows, per_obs, *numbers)
         elif self.trainer.world_size == 1:
             return
         else:

@@ -1,7 +1,6 @@
 """`metrics=`: torchmetrics that are fed in validation and test, and logged under their own keys."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,15 @@ from pyro_lightning.metric_feeding import (
     SiteMetrics,
     read_metrics,
 )
-from pyro_lightning.noise import noise_of_rank
-from pyro_lightning.predictive import draws_vectorise, log_likelihood_of, predictive_draws
+from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
+from pyro_lightning.prediction import Prediction
+from pyro_lightning.predictive import (
+    draws_vectorise,
+    global_draws,
+    log_likelihood_of,
+    predictive_draws,
+)
+from pyro_lightning.states import forked_noise
 from pyro_lightning.targets import observed_targets
 
 _OF_BATCHES = OF_A_SITE | {"log_likelihood"}
@@ -52,12 +58,12 @@ class EvaluationDraws(NamedTuple):
     """What the batches of one evaluation share.
 
     Attributes:
-        noise: Where the noise of each batch comes from.
+        seed: What all random numbers follow from.
         posterior: Draws of the global latents; None where each batch has its own.
         parallel: Whether one run of the model serves all draws.
     """
 
-    noise: torch.Generator
+    seed: int
     posterior: Mapping[str, torch.Tensor] | None
     parallel: bool
 
@@ -65,6 +71,7 @@ class EvaluationDraws(NamedTuple):
 class MetricHooks(BadBatches):
     """Feeds metrics from posterior predictive draws of the batches of validation and test."""
 
+    prediction: Prediction
     _metric_draws: EvaluationDraws | None = None
 
     def _read_metrics(self, metrics: Given) -> None:
@@ -129,79 +136,72 @@ class MetricHooks(BadBatches):
                 continue
             # Equal on all ranks, as Lightning cannot know. Of several loaders it names those of a
             # step only.
-            options = {"sync_dist": True, "add_dataloader_idx": False}
+            options: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
             for name, value in each.numbers(f"{stage}_").items():
                 self.log(f"{name}{suffix}", value, on_step=False, on_epoch=True, **options)
 
     # -- a batch ---------------------------------------------------------------------------------
 
     def _update_metrics(
-        self, stage: str, batch: Any, rows: int, per_obs: torch.Tensor, dataloader_idx: int
+        self, stage: str, batch: Any, rows: int, per_obs: torch.Tensor, *numbers: int
     ) -> None:
-        """Feed the metrics a batch without repeated rows."""
+        """Feed the metrics a batch without repeated rows, of this number and of this loader."""
         held = self._held(stage)
         if not held or not rows:
             return
-        metrics = held[dataloader_idx]
-        evaluated = Evaluated(per_obs, rows)
+        metrics, evaluated = held[numbers[1]], Evaluated(per_obs, rows)
         if metrics.needs & _OF_BATCHES:
-            # No figure is another for the draws of metrics, which are other numbers.
             if self._metric_draws is None:
                 self._metric_draws = self._draws_of_evaluation(batch)
-            with self._noise(self._metric_draws.noise, own=True), torch.no_grad():
-                evaluated = self._predict(metrics, batch, evaluated, self._metric_draws)
+            seed = derived_seed(self._metric_draws.seed, self.trainer.global_rank, *numbers)
+            with noise_from(seed, self.device, self._draws_in_python), torch.no_grad():
+                self._predict(metrics, batch, evaluated, self._metric_draws)
         metrics.update(evaluated)
 
     def _draws_of_evaluation(self, batch: Any) -> EvaluationDraws:
-        """Draw the global latents, once for all batches and ranks."""
-        default = torch.Generator()
-        default.set_state(torch.get_rng_state())
-        # Not the seed that the noise of a rank begins with, either.
-        seed = torch.empty((), dtype=torch.int64).random_(generator=default).item()
-        noise = torch.Generator().manual_seed(int(seed) ^ 1)
-        posterior = None
-        with self._noise(noise):
+        """Draw the global latents, once for all batches and ranks.
+
+        The generators stay as they are: no figure is another for the draws of metrics.
+        """
+        settings, posterior = self.prediction, None
+        with forked_noise():
+            seed = drawn_seed() if settings.seed is None else settings.seed
+        with noise_from(derived_seed(seed), self.device, self._draws_in_python):
             if not self._globals_of_data:
-                posterior = self.posterior_samples(self._num_draws)
+                posterior = global_draws(self, settings.num_samples)
             given = self._posterior(posterior, batch)
-            parallel = draws_vectorise(self, batch, given, self._num_draws)
-        return EvaluationDraws(noise, posterior, parallel)
+            parallel = settings.parallel
+            if parallel is None:
+                shared = given, settings.num_samples
+                parallel = draws_vectorise(self, batch, *shared, local=settings.local)
+        return EvaluationDraws(seed, posterior, parallel)
 
     def _posterior(
         self, posterior: Mapping[str, torch.Tensor] | None, batch: Any
     ) -> Mapping[str, torch.Tensor]:
         if posterior is not None:
             return posterior
-        return self.posterior_samples(self._num_draws, batch=batch)
+        return self.posterior_samples(self.prediction.num_samples, batch=batch)
 
     def _predict(
         self, metrics: SiteMetrics, batch: Any, evaluated: Evaluated, shared: EvaluationDraws
-    ) -> Evaluated:
-        posterior = self._posterior(shared.posterior, batch)
-        target = observed_targets(self, batch, posterior, self._num_draws)
-        evaluated.target = target
-        options: dict[str, Any] = {"parallel": shared.parallel}
+    ) -> None:
+        settings = self.prediction
+        given = self, batch, self._posterior(shared.posterior, batch), settings.num_samples
+        evaluated.target = target = observed_targets(*given, settings.local)
+        options: dict[str, Any] = {
+            "parallel": shared.parallel,
+            "chunk_size": settings.chunk_size,
+            "local": settings.local,
+        }
         if sites := metrics.sites_for(FROM_DRAWS, target):
-            evaluated.draws = predictive_draws(
-                self, batch, posterior, self._num_draws, sites=sorted(sites), **options
-            )
+            evaluated.draws = predictive_draws(*given, sites=sorted(sites), **options)
         if metrics.sites_for({"log_likelihood"}, target):
-            each = log_likelihood_of(self, batch, posterior, self._num_draws, **options)
+            each = log_likelihood_of(*given, **options)
             # Other plates are of entries of a row.
             evaluated.log_likelihood = {
                 name: terms.reshape(*terms.shape[:2], -1).sum(-1) for name, terms in each.items()
             }
-        return evaluated
-
-    def _noise(self, generator: torch.Generator, own: bool = False) -> AbstractContextManager[None]:
-        """Draw random numbers that follow from a generator: a rank's own, or those of all."""
-        trainer = self.trainer
-        rank, ranks = (trainer.global_rank, trainer.world_size) if own else (0, 1)
-        return noise_of_rank(rank, ranks, self.device, self._draws_in_python, generator)
-
-    @property
-    def _num_draws(self) -> int:
-        return 200
 
     def posterior_samples(
         self, num_samples: int, rows: Any = None, *, batch: Any = None

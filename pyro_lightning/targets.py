@@ -12,7 +12,7 @@ from pyro_lightning.prepared import Draws, prepared
 
 
 def observed_targets(
-    module: Any, batch: Any, posterior: Draws, num_samples: int
+    module: Any, batch: Any, posterior: Draws, num_samples: int, local: str = "guide"
 ) -> dict[str, torch.Tensor]:
     """Return what was observed in a batch, with NaN where a mask leaves it out.
 
@@ -21,6 +21,7 @@ def observed_targets(
         batch: B rows with what was observed, on its device.
         posterior: Draws of the global latents, of which the first is used.
         num_samples: Their number.
+        local: ``"guide"``; or ``"prior"``, to leave the guide out.
 
     Returns:
         ``(B, *other plates, *event)`` by observed site, as ``predictive_draws`` lays out a draw;
@@ -30,7 +31,7 @@ def observed_targets(
         ValueError: When nothing is observed.
     """
     found = {}
-    with prepared(module, batch, posterior, num_samples, "guide", unobserved=False) as ready:
+    with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
         for name, site in ready.sites.items():
             if name in ready.latents or not is_observation(site) or not ready.is_of_rows(site):
                 continue

@@ -17,7 +17,12 @@ from pyro_lightning import PyroSVIModule
 def measure(devices):
     rows = TensorDataset(*data())
     torch.manual_seed(0)
-    svi = PyroSVIModule(fixed_noise, dataset_size=len(rows), metrics=all_metrics()).double()
+    svi = PyroSVIModule(
+        fixed_noise,
+        dataset_size=len(rows),
+        metrics=all_metrics(),
+        prediction={"num_samples": 100},
+    ).double()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -37,9 +42,14 @@ def measure(devices):
     return found
 
 
+def main(path):
+    found = measure(2)
+    if torch.distributed.get_rank() == 0:
+        with open(path, "w") as file:
+            json.dump(found, file)
+    # Left to the interpreter's exit, its threads now and then end the process by an abort.
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    measured = measure(2)
-    if int(__import__("os").environ.get("LOCAL_RANK", 0)) == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(measured, file)
+    main(*sys.argv[1:])

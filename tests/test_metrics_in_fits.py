@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 
 import pyro
@@ -273,10 +274,17 @@ class Settled(PyroSVIModule):
         normal_mean(x)
 
 
-def test_metrics_are_made_from_a_configuration():
+# Lightning's use of jsonargparse.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_metrics_are_made_from_a_configuration(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])  # beside which Lightning would warn of `args`
     levels = {"class_path": "pyro_lightning.IntervalCoverage", "init_args": {"levels": [0.8]}}
     given = {"mse": "torchmetrics.MeanSquaredError", "interval": levels}
-    args = [f"--model.metrics={json.dumps(given)}", "--trainer.accelerator=cpu"]
+    args = [
+        f"--model.metrics={json.dumps(given)}",
+        "--trainer.accelerator=cpu",
+        "--seed_everything=0",
+    ]
     svi = LightningCLI(Settled, args=args, run=False, auto_configure_optimizers=False).model
     assert {"val_mse", "val_coverage_0.8"} <= validated(svi, loader(rows(20))).keys()
 
