@@ -165,8 +165,8 @@ def read_metrics(given: Given) -> dict[str | None, MetricCollection]:
 
     Example:
         >>> from torchmetrics import MeanAbsoluteError
-        >>> read_metrics({"y": [MeanAbsoluteError()]})["y"].keys()
-        odict_keys(['MeanAbsoluteError'])
+        >>> list(read_metrics({"y": [MeanAbsoluteError()]})["y"].keys())
+        ['MeanAbsoluteError']
     """
     if given is None:
         return {}
@@ -180,7 +180,7 @@ def read_metrics(given: Given) -> dict[str | None, MetricCollection]:
     for site, metrics in several.items():
         try:
             # Groups would have one metric updated for several whose states happen to be equal.
-            read[site] = MetricCollection(metrics, compute_groups=False)
+            read[site] = _apart(metrics)
         except ValueError as error:
             raise TypeError(
                 "metrics must be a torchmetrics Metric, several, a MetricCollection, a dict of "
@@ -190,6 +190,14 @@ def read_metrics(given: Given) -> dict[str | None, MetricCollection]:
         for name, metric in read[site].items():
             _check_inputs(name, metric)
     return read
+
+
+def _apart(metrics: Any) -> MetricCollection:
+    if not isinstance(metrics, MetricCollection):
+        return MetricCollection(metrics, compute_groups=False)
+    held: dict[str, Any] = dict(metrics.items(keep_base=True, copy_state=False))
+    names = {"prefix": metrics.prefix, "postfix": metrics.postfix}
+    return MetricCollection(held, **names, compute_groups=False)
 
 
 def inputs_of(metric: Metric) -> frozenset[str]:

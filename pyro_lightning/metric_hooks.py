@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from pyro_lightning.arguments import read_choice
 from pyro_lightning.bad_batches import BadBatches
 from pyro_lightning.metric_feeding import (
     FROM_DRAWS,
@@ -92,8 +93,11 @@ class MetricHooks(BadBatches):
         Args:
             stage: ``"val"`` or ``"test"``.
             dataloader_idx: Which of several loaders.
+
+        Raises:
+            ValueError: For another stage or loader.
         """
-        held = self._held(stage)
+        held = self._held(read_choice(stage, "stage", ("val", "test")))
         if not held:
             return {}
         if not 0 <= dataloader_idx < len(held):

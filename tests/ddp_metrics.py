@@ -34,7 +34,12 @@ def measure(devices):
         enable_model_summary=False,
     )
     found = {}
-    loaders = [DataLoader(rows, batch_size=4), DataLoader(rows, batch_size=len(rows))]
+    one = TensorDataset(*(each[:1] for each in data()))  # which leaves a process without a row
+    loaders = [
+        DataLoader(rows, batch_size=4),
+        DataLoader(rows, batch_size=len(rows)),
+        DataLoader(one),
+    ]
     for run in (trainer.validate, trainer.test):
         torch.manual_seed(0)
         run(svi, loaders, verbose=False)
