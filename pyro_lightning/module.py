@@ -18,6 +18,7 @@ from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
+from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, read_prediction
@@ -93,7 +94,12 @@ class PyroSVIModule(Predictions):
             taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
             parameters that are not finite, and where no batch of an epoch is good.
         prediction: What ``trainer.predict`` draws of each batch: a :class:`Prediction`, or a dict
-            of its fields, which a checkpoint's hyperparameters can hold.
+            of its fields, which a checkpoint's hyperparameters can hold; and for metrics.
+        metrics: What validation and test evaluate beside the loss: a torchmetrics ``Metric``,
+            several, a ``MetricCollection``, a dict of names, or a dict of sites and several where
+            more than one is observed. Each is fed what its ``update`` names: ``draws``, S posterior
+            predictive draws ``(S, B, ...)``; ``preds``, their mean; ``target``; ``log_likelihood``,
+            ``(S, B)``; ``loss_per_obs``; ``rows``, B. See :meth:`metrics_of`.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -132,6 +138,7 @@ class PyroSVIModule(Predictions):
         save_example: bool = True,
         bad_batches: str = "raise",
         prediction: Prediction | Mapping[str, Any] | None = None,
+        metrics: Given = None,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -164,6 +171,7 @@ class PyroSVIModule(Predictions):
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
         self._prediction = read_prediction(prediction)
+        self._read_metrics(metrics)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 
