@@ -79,7 +79,7 @@ def ragged(counts, streams=False):
 
 
 class Steps(Callback):
-    """Keeps the number of training batches before each validation, and of its batches; gradients."""
+    """Keeps the number of training batches before each validation, and of its own; gradients."""
 
     def __init__(self):
         self.trained, self.validated, self.gradients = 0, [], []

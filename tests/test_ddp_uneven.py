@@ -74,9 +74,7 @@ def gradient(counts):
 @pytest.mark.parametrize(
     ("run", "counts", "steps"), [("unequal", UNEQUAL, 4), ("unequal_steps", UNEQUAL_STEPS, 4)]
 )
-def test_each_row_weighs_the_same_where_ranks_have_other_numbers_of_rows(
-    found, run, counts, steps
-):
+def test_each_row_weighs_the_same_where_ranks_have_other_numbers_of_rows(found, run, counts, steps):
     gradients = of_both(found[run], "gradients")
     assert of_both(found[run], "error") is None
     assert len(gradients) == steps == of_both(found[run], "steps")
