@@ -16,6 +16,7 @@ from pyro_lightning._lightning import (
     unshared,
 )
 from pyro_lightning.arguments import read_count, shortly
+from pyro_lightning.averages import copy_again
 from pyro_lightning.batches import (
     example_batch,
     first_of,
@@ -228,6 +229,7 @@ class LifeCycle(Runs):
                 # A step makes its tensors in the precision of the Trainer, and so does this run.
                 with self.trainer.precision_plugin.tensor_init_context():
                     self._initialise(batch)
+                copy_again(self.trainer, self, stage)
         if training:
             compare_ranks(self, loader)
             with failing_together(self.trainer):

@@ -17,6 +17,7 @@ from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
+from pyro_lightning.states import kept_tensors
 from pyro_lightning.step_checks import (
     check_parts,
     refuse_checkpoints,
@@ -52,6 +53,11 @@ class ManySteps(WholeSteps):
         loss, whole = self._estimate(batch)
         weighted = loss * self.batch_weight(batch) if whole else loss
         return weighted, StepResult(loss.detach(), rows, whole)
+
+    def _step_or_loss(self, batch: Any, rows: int) -> tuple[torch.Tensor, StepResult]:
+        """Take a whole step where that can be, or estimate what one differentiates."""
+        done = self._step_at_once(batch) if rows else None
+        return done or self._weighted_loss(batch, rows)
 
     def _take_steps(self, batch: Any, real: Any, rows: int) -> list[StepResult | None]:
         """Take the optimizer steps of a batch of the loader, one for each mini-batch in it.
@@ -218,7 +224,10 @@ class ManySteps(WholeSteps):
                     if fused.scheduled and not fused.fits():
                         break
                     known = structure
+                    put_back = kept_tensors(self) if self._skips else None
                     losses.append(fused.step(rows, given, weight))
+                    if put_back is not None and not torch.isfinite(losses[-1]):
+                        put_back()  # before the next step, which draws and reads them
                     count_optimizer_steps(self.trainer, 1)
                     if fused.scheduled:
                         self._step_schedulers("step", before + number)
@@ -229,7 +238,7 @@ class ManySteps(WholeSteps):
             StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses
         ]
         for place, fine in enumerate(finite):
-            if not fine:  # its step has changed nothing
+            if not fine:  # its step has moved no parameter
                 self._at_part(numbers[place])
                 self._explain_or_skip(parts[numbers[place]], losses[place])
                 taken[place] = None
