@@ -2,6 +2,8 @@
 
 import torch
 
+from pyro_lightning.arguments import read_tensor
+
 
 def paired(draws: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Flatten draws and target to their observed entries, as floats.
@@ -16,13 +18,15 @@ def paired(draws: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
         ``(S, entries)`` and ``(entries,)``.
 
     Raises:
-        ValueError: For shapes that do not belong together, or no draw.
+        ValueError: For shapes that do not belong together, no draw, or draws that are NaN.
+        TypeError: For what are no tensors of real numbers.
 
     Example:
         >>> draws, target = paired(torch.zeros(9, 2, 3), torch.zeros(2, 3))
         >>> draws.shape, target.shape
         (torch.Size([9, 6]), torch.Size([6]))
     """
+    draws, target = read_tensor(draws, "draws"), read_tensor(target, "target")
     if not draws.dim() or draws.shape[1:] != target.shape or not len(draws):
         raise ValueError(
             f"draws must be (S, *shape of the target), S > 0, got {tuple(draws.shape)} "
@@ -32,4 +36,12 @@ def paired(draws: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
     draws, target = (each if each.is_floating_point() else each.float() for each in (draws, target))
     draws, target = draws.reshape(len(draws), -1), target.reshape(-1)
     seen = ~target.isnan()
-    return (draws, target) if bool(seen.all()) else (draws[:, seen], target[seen])
+    if not bool(seen.all()):
+        draws, target = draws[:, seen], target[seen]
+    missing = int(draws.isnan().any(0).sum())
+    if missing:
+        raise ValueError(
+            f"draws are NaN for {missing} of {len(target)} entries of the target, which have no "
+            "rank among them. Look for NaN in what is predicted from, and in the parameters."
+        )
+    return draws, target

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from pyro_lightning.arguments import read_count
+from pyro_lightning.arguments import read_count, read_tensor
 from pyro_lightning.calibration import distance_from_uniform, pit_masses
 from pyro_lightning.densities import density_sums, mean_with_error
 from pyro_lightning.intervals import interval_sums, read_levels
@@ -215,8 +215,13 @@ class NegativeELBO(_Sums):
             loss_per_obs: The estimate of the negative ELBO from the batch, over the number of
                 observations that it speaks for.
             rows: B.
+
+        Raises:
+            TypeError: For what is no number.
         """
-        self.total += loss_per_obs.double() * rows
+        rows = read_count(rows, "rows", 0)
+        loss = torch.as_tensor(loss_per_obs) if type(loss_per_obs) is float else loss_per_obs
+        self.total += read_tensor(loss, "loss_per_obs").double() * rows
         self.count += rows
 
     def compute(self) -> torch.Tensor:
