@@ -220,8 +220,7 @@ class NegativeELBO(_Sums):
             TypeError: For what is no number.
         """
         rows = read_count(rows, "rows", 0)
-        loss = torch.as_tensor(loss_per_obs) if type(loss_per_obs) is float else loss_per_obs
-        self.total += read_tensor(loss, "loss_per_obs").double() * rows
+        self.total += read_tensor(loss_per_obs, "loss_per_obs").double() * rows
         self.count += rows
 
     def compute(self) -> torch.Tensor:
