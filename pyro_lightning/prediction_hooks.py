@@ -1,7 +1,6 @@
 """Lightning's side of prediction: one set of global draws for all batches and processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -140,26 +139,21 @@ class Predictions(Checkpoints):
             ``(num_samples, B, *other plates, *event)`` by site, or
             ``(len(summary), B, *other plates, *event)``; nothing for a batch of repeats alone.
         """
-        run = self._prediction_run
-        trainer, rank = self._trainer, 0
-        if trainer is not None and trainer.predicting:
-            rank = trainer.global_rank
-            if run is None:
-                raise RuntimeError(
-                    "on_predict_start of this subclass leaves out what prediction needs: let it "
-                    "call super().on_predict_start()"
-                )
-        if run is None:
+        trainer, run = self._trainer, self._prediction_run
+        if trainer is None or not trainer.predicting:
             settings = self.prediction
             seed = drawn_seed() if settings.seed is None else settings.seed
-            run = PredictionRun(self, settings, seed)
-        inside = trainer is not None and trainer.predicting
-        told = InHand(self, "prediction", batch, batch_idx, dataloader_idx)
-        with told if inside else nullcontext():
+            return PredictionRun(self, settings, seed).of_batch(self, batch, 0, 0, batch_idx)
+        if run is None:
+            raise RuntimeError(
+                "on_predict_start of this subclass leaves out what prediction needs: let it call "
+                "super().on_predict_start()"
+            )
+        with InHand(self, "prediction", batch, batch_idx, dataloader_idx):
             batch, rows = self._without_repeats(batch, batch_idx, dataloader_idx)
             if not rows:
                 return {}
-            return run.of_batch(self, batch, rank, dataloader_idx, batch_idx)
+            return run.of_batch(self, batch, trainer.global_rank, dataloader_idx, batch_idx)
 
     # -- log-likelihood ------------------------------------------------------------------------
 

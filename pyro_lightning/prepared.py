@@ -90,6 +90,7 @@ def prepared(
         with _told("model", module, data):
             in_model = sites_of_run(bare(module.model), given(values))
         nesting = nesting_of(in_guide, in_model)
+        # Model and guide agree about them, or Pyro refuses the two.
         event_dims = {name: _event_dim(site) for name, site in {**in_guide, **in_model}.items()}
         event_dims = {**dict.fromkeys(posterior, 0), **event_dims}
         ready = Ready(

@@ -171,8 +171,11 @@ def test_settings_survive_copies_and_pickles():
         assert again.prediction == svi.prediction == Prediction(7, sites="x")
 
 
-def test_each_call_of_predict_step_by_hand_stands_alone():
+@pytest.mark.parametrize("after_a_trainer", [False, True])
+def test_each_call_of_predict_step_by_hand_stands_alone(after_a_trainer):
     svi = known(prediction={"num_samples": 3})
+    if after_a_trainer:
+        quiet_trainer().predict(svi, loader(1))
     one, two = svi.predict_step(X[:4]), svi.predict_step(X[:4])
     assert one["x"].shape == (3, 4)
     assert not torch.equal(one["x"], two["x"])
