@@ -173,7 +173,7 @@ def _with_rows_that_trained(module: Any, batch: Any) -> tuple[Any, torch.Tensor 
 def _mask_of_rows(site: Any, seen: torch.Tensor, plates: frozenset[str]) -> torch.Tensor:
     """Shape a mask of rows as the value of a site is."""
     dim = next(f.dim for f in site["cond_indep_stack"] if f.name in plates)
-    return seen.reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
+    return seen.to(site["value"].device).reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
 
 
 def _event_dim(site: Any) -> int:

@@ -253,6 +253,20 @@ def test_rows_of_the_fit_have_their_own_latents():
 
 
 @no_validation
+def test_rows_of_a_module_from_a_checkpoint_have_their_own_latents(tmp_path):
+    rows = IndexedDataset(X)
+    svi = fitted_rows(DataLoader(rows, batch_size=50))
+    trainer = quiet_trainer()
+    trainer.strategy.connect(svi)
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    loaded = PyroSVIModule.load_from_checkpoint(
+        tmp_path / "fit.ckpt", model=with_local, prediction=svi.prediction
+    )
+    found = quiet_trainer().predict(loaded, DataLoader(IndexedDataset(X), batch_size=64))
+    assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
+
+
+@no_validation
 def test_rows_of_a_datamodule_are_numbered_while_they_are_predicted():
     data = ArrayDataModule(X, batch_size=50, shuffle=False)
     svi = fitted_rows(data.train_dataloader())

@@ -126,6 +126,12 @@ def test_nothing_is_returned_where_nothing_is_to_be_kept(tmp_path):
     assert PredictionWriter.open(tmp_path).sizes["row"] == N
 
 
+def test_the_progress_bar_tells_of_batches_that_are_stored(tmp_path, capsys):
+    trainer = quiet_trainer(callbacks=[PredictionWriter(tmp_path)], enable_progress_bar=True)
+    trainer.predict(module(), DataLoader(X, batch_size=5), return_predictions=False)
+    assert "5/5" in capsys.readouterr().out
+
+
 def test_predictions_are_overwritten_only_if_that_is_said(tmp_path):
     predicted(module(), DataLoader(X, batch_size=5), tmp_path)
     (tmp_path / "predictions-notes.txt").write_text("mine")
@@ -180,6 +186,7 @@ def test_a_writer_is_described_on_the_command_line(tmp_path, monkeypatch):
             },
         }
     }
-    cli = LightningCLI(BoringModel, run=False, save_config_callback=None, args=arguments)
+    options = {"save_config_callback": None, "seed_everything_default": False}
+    cli = LightningCLI(BoringModel, run=False, args=arguments, **options)
     (writer,) = (each for each in cli.trainer.callbacks if isinstance(each, PredictionWriter))
     assert (writer.folder, writer.format) == (tmp_path, "netcdf")
