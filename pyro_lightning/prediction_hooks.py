@@ -33,6 +33,7 @@ class PredictionRun:
         seed: What all its random numbers follow from.
         posterior: Draws of the global latents.
         parallel: Whether draws are run at once; None until the first batch has told.
+        tried: Whether this was tried.
         warned: Whether it was said that latents come from the prior.
     """
 
@@ -40,6 +41,7 @@ class PredictionRun:
         self.settings = settings
         self.seed = seed
         self.parallel = settings.parallel
+        self.tried = False
         self.warned = settings.local == "prior"
         with noise_from(seed, module.device, module._draws_in_python):
             self.posterior = global_draws(module, settings.num_samples)
@@ -52,6 +54,7 @@ class PredictionRun:
         with noise_from(seed, module.device, module._draws_in_python):
             if self.parallel is None:
                 self.parallel = draws_vectorise(module, batch, *shared, local=settings.local)
+                self.tried = True
             draws = predictive_draws(
                 module,
                 batch,
@@ -59,8 +62,10 @@ class PredictionRun:
                 sites=settings.sites,
                 chunk_size=settings.chunk_size,
                 parallel=self.parallel,
+                tried=self.tried,
                 local=settings.local,
             )
+            self.tried = True
         return {name: settings.kept(each) for name, each in draws.items()}
 
     def _tell_of_prior(self, module: Any, batch: Any) -> None:
@@ -236,12 +241,12 @@ class Predictions(Checkpoints):
         shared = global_draws(self, num_samples) if posterior is None else posterior
         if shared:
             num_samples = len(next(iter(shared.values())))
+        how: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
         for batch in self._batches_of(data):
-            if parallel is None:
-                parallel = draws_vectorise(self, batch, shared, num_samples)
-            yield log_likelihood_of(
-                self, batch, shared, num_samples, chunk_size=chunk_size, parallel=parallel
-            )
+            if how["parallel"] is None:
+                how.update(parallel=draws_vectorise(self, batch, shared, num_samples), tried=True)
+            yield log_likelihood_of(self, batch, shared, num_samples, **how)
+            how["tried"] = True
 
     def _batches_of(self, data: Any) -> Iterator[Any]:
         """Go through batches on the device; of a datamodule through its training rows, in order."""
