@@ -7,8 +7,9 @@ from pyro.distributions import MaskedDistribution
 from torch.distributions import Independent
 
 from pyro_lightning._upstream import mask_of_distribution
+from pyro_lightning.batch_runs import Draws
 from pyro_lightning.draw_runs import event_dim_of, is_observation, value_of
-from pyro_lightning.prepared import Draws, prepared
+from pyro_lightning.prepared import prepared
 
 
 def observed_targets(
