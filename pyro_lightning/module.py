@@ -13,6 +13,7 @@ from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
+from pyro_lightning.fit_state import FitState
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
@@ -23,7 +24,6 @@ from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, read_prediction
 from pyro_lightning.prediction_hooks import Predictions
 from pyro_lightning.ranks import with_own_noise
-from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
@@ -254,8 +254,7 @@ class PyroSVIModule(Predictions):
             real, rows = self._without_repeats(batch, batch_idx)
             if self.steps_per_batch > 1:
                 return self._log_steps(self._take_steps(batch, real, rows))
-            done = self._step_at_once(real) if rows else None
-            done = done or self._attempt(partial(self._weighted_loss, real, rows), rows)
+            done = self._attempt(partial(self._step_or_loss, real, rows), rows)
             if done is None:
                 return self._without_step()
             loss, result = done

@@ -60,6 +60,7 @@ def test_a_total_over_the_data_set_has_the_same_sd_for_any_split(batches):
 
 def test_draws_of_different_rows_have_noise_of_their_own():
     svi = known(prediction={"num_samples": 10})
+    torch.manual_seed(0)  # under another one two of them may be equal in single precision
     draws = joined(quiet_trainer().predict(svi, loader(50)))
     assert len(draws.unique()) == 10 * N
 
