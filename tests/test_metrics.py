@@ -1,6 +1,7 @@
 """Metrics of predictive draws against closed forms, and against one update of all rows."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -186,6 +187,12 @@ def test_a_histogram_is_plotted_as_densities():
     assert metric.plot(metric.compute(), ax=given) == (other, given)
     pyplot.close(figure)
     pyplot.close(other)
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pyro-lightning\[plots\]"):
+        PITHistogram().plot()
 
 
 # -- CRPS --------------------------------------------------------------------------------------
