@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from pyro_lightning._lightning import stage_loader
 from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import loaders_in
-from pyro_lightning.checkpoints import Checkpoints
+from pyro_lightning.spawned import Spawned
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, read_prediction
@@ -84,7 +84,7 @@ class PredictionRun:
             )
 
 
-class Predictions(Checkpoints):
+class Predictions(Spawned):
     """Predicts batches, and tells how likely what was observed in them is."""
 
     _prediction: Prediction
