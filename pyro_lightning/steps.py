@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -75,7 +76,7 @@ class ManySteps(WholeSteps):
         parts = Parts(real, rows, self._rows_per_step)
         if type(self).num_rows is not Runs.num_rows:
             check_parts(self, parts)
-        count = len(whole)
+        count = self._most_of_ranks(len(whole))
         warn_of_shifted(self.trainer, count, self.steps_per_batch)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
@@ -83,6 +84,11 @@ class ManySteps(WholeSteps):
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
             self._at_part(done)
+            if done >= len(whole):  # other ranks have rows for a step, and this one has none
+                self._pass_over_step(optimizer, before + done)
+                self._step_schedulers("step", before + done)
+                results.append(None)
+                continue
             if done >= len(parts):
                 results.append(self._take_step(whole[done], optimizer, before + done, repeats=True))
                 self._step_schedulers("step", before + done)
@@ -113,6 +119,14 @@ class ManySteps(WholeSteps):
                 if result is not None:
                     self._mark_rows(parts[number])
         return results
+
+    def _most_of_ranks(self, steps: int) -> int:
+        """Return the steps of the rank that takes most in this batch, for which all others wait."""
+        if self.trainer.world_size == 1 or self._rows_of_ranks.alike:
+            return steps
+        most = torch.tensor(steps, device=self.device)
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        return int(most)
 
     def _at_part(self, number: int | None) -> None:
         if self._in_hand is not None:
@@ -167,6 +181,7 @@ class ManySteps(WholeSteps):
         """Return what a training step returns that takes none; count as many as it would take."""
         if self.steps_per_batch == 1:
             return self._without_step()
+        steps = self._most_of_ranks(steps)
         if self.trainer.max_steps >= 0:
             steps = min(steps, self.trainer.max_steps - self.trainer.global_step)
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
