@@ -8,6 +8,7 @@ from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.intervals import interval_coverage
 from pyro_lightning.metrics import (
+    CRPS,
     IntervalCoverage,
     LogPredictiveDensity,
     NegativeELBO,
@@ -18,6 +19,7 @@ from pyro_lightning.prediction import Prediction
 from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
+from pyro_lightning.scores import crps
 from pyro_lightning.site_table import SiteTable
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.watched import FailedBatch
@@ -25,6 +27,7 @@ from pyro_lightning.watched import FailedBatch
 __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
+    "CRPS",
     "DataPlateMessenger",
     "FailedBatch",
     "IndexedBatch",
@@ -40,6 +43,7 @@ __all__ = [
     "RowAdamW",
     "SiteTable",
     "batch_weight",
+    "crps",
     "dataset_size_of",
     "interval_coverage",
     "log_predictive_density",
