@@ -4,6 +4,7 @@ from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.kl_annealing import KLAnnealing
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
@@ -18,6 +19,7 @@ __all__ = [
     "FailedBatch",
     "IndexedBatch",
     "IndexedDataset",
+    "KLAnnealing",
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",

@@ -1,0 +1,64 @@
+"""Anneals the KL on two processes; rank 0 writes the weights and losses of each as JSON.
+
+Run as a script, since Lightning starts the second process from the same command.
+"""
+
+import json
+import sys
+from functools import partial
+
+import torch
+from annealing_support import Seen, linear
+from lightning.pytorch import Trainer
+from pyro.infer.autoguide import AutoDelta
+from support import normal_mean
+
+from pyro_lightning import ArrayDataModule, KLAnnealing, PyroSVIModule
+
+N, B, STEPS = 24, 3, 12
+DATA = torch.linspace(-1.0, 2.0, N)
+
+
+def expected(mu: float, weight: float, rows: torch.Tensor) -> float:
+    """The negative ELBO of all rows by a point: its prior is the whole of the KL."""
+    constant = 0.5 * torch.tensor(2 * torch.pi).log()
+    prior = 0.5 * (mu / 0.1) ** 2 + constant - torch.tensor(10.0).log()
+    likelihood = (0.5 * (rows - mu) ** 2 + constant).mean() * N
+    return float(likelihood + weight * prior)
+
+
+def main(path: str) -> None:
+    svi = PyroSVIModule(normal_mean, AutoDelta, optimizer=partial(torch.optim.SGD, lr=1e-3))
+    seen = Seen()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_steps=STEPS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[KLAnnealing(steps=7), seen],
+    )
+    trainer.fit(svi, datamodule=ArrayDataModule(DATA, batch_size=B))
+    losses = svi.all_gather(torch.stack(seen.losses))
+    weights = svi.all_gather(torch.tensor(seen.weights, dtype=torch.float64))
+    rows = svi.all_gather(torch.stack(seen.batches))
+    if trainer.is_global_zero:
+        both = [torch.cat([rows[0, step], rows[1, step]]) for step in range(STEPS)]
+        found = {
+            "weights": weights.tolist(),
+            "losses": losses.tolist(),
+            "expected": [
+                expected(float(before[0]), linear(step, 7), batch)
+                for step, (before, batch) in enumerate(zip(seen.before, both, strict=True))
+            ],
+        }
+        with open(path, "w") as file:
+            json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
