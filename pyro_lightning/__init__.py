@@ -3,6 +3,7 @@
 from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
+from pyro_lightning.elbo_convergence import ELBOConvergence
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.kl_annealing import KLAnnealing
 from pyro_lightning.module import PyroSVIModule
@@ -16,6 +17,7 @@ __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
     "DataPlateMessenger",
+    "ELBOConvergence",
     "FailedBatch",
     "IndexedBatch",
     "IndexedDataset",

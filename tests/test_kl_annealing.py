@@ -16,7 +16,7 @@ from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from resume_support import ADAM, arrays, assert_goes_on, global_model, make, rows
 from steps_support import assert_same_fit, fit
-from support import normal_mean, quiet_trainer, run_script
+from support import normal_mean, quiet_trainer
 from torch import nn
 
 from pyro_lightning import ArrayDataModule, KLAnnealing, PyroSVIModule
@@ -211,15 +211,6 @@ def test_the_posterior_is_right_after_annealing():
     # The learning rate ends at 3e-4, far below a tenth of an sd of 0.058.
     assert float(draws.mean()) == pytest.approx(float(x.sum() / 300), abs=0.1 * sd)
     assert float(draws.std()) == pytest.approx(sd, rel=0.05)
-
-
-def test_two_processes_have_the_weights_of_one(tmp_path):
-    found = run_script("ddp_annealing_fit.py", tmp_path)
-    first, second = found["weights"]
-    assert first == second == pytest.approx([linear(step, 7) for step in range(12)])
-    first, second = found["losses"]
-    for step, (one, two, expected) in enumerate(zip(first, second, found["expected"], strict=True)):
-        assert (one + two) / 2 == pytest.approx(expected, rel=1e-5), step
 
 
 # -- what is refused ---------------------------------------------------------------------------
