@@ -7,6 +7,7 @@ from pyro_lightning.elbo_convergence import ELBOConvergence
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.kl_annealing import KLAnnealing
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.posterior_monitor import PosteriorMonitor
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
@@ -22,6 +23,7 @@ __all__ = [
     "IndexedBatch",
     "IndexedDataset",
     "KLAnnealing",
+    "PosteriorMonitor",
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",
