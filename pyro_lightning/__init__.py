@@ -8,6 +8,7 @@ from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.kl_annealing import KLAnnealing
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.posterior_monitor import PosteriorMonitor
+from pyro_lightning.progress_bar import SVIProgressBar
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
@@ -27,6 +28,7 @@ __all__ = [
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",
+    "SVIProgressBar",
     "SiteTable",
     "batch_weight",
     "dataset_size_of",

@@ -61,8 +61,8 @@ class PosteriorMonitor(Callback):
         ...     enable_checkpointing=False, enable_progress_bar=False,
         ...     enable_model_summary=False, callbacks=[PosteriorMonitor(["mu"])])
         >>> trainer.fit(PyroSVIModule(model), datamodule=ArrayDataModule(torch.ones(9)))
-        >>> sorted(path.name for path in (folder / "lightning_logs/version_0").glob("*.*"))
-        ['hparams.yaml', 'metrics.csv', 'posterior.png']
+        >>> (folder / "lightning_logs/version_0/posterior.png").exists()
+        True
     """
 
     def __init__(
