@@ -260,7 +260,7 @@ class PyroSVIModule(Predictions):
 
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
-        with InHand(self, "training", batch, batch_idx, 0):
+        with InHand(self, "training", batch, batch_idx, 0), self._annealed():
             if steps := self._begin():
                 return self._pass_over(steps)
             self._follow_loader(batch)
