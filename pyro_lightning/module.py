@@ -9,9 +9,9 @@ from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning.after_fit import AfterFit
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.guides import refuse_point
@@ -29,7 +29,7 @@ from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Checkpoints):
+class PyroSVIModule(AfterFit):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
