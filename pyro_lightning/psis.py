@@ -22,7 +22,8 @@ class Smoothed(NamedTuple):
 
     Attributes:
         weights: Smoothed and normalised, ``(S,)``, in double precision on the CPU: their sum is 1.
-        k: Pareto k-hat, the shape of the tail of the weights; minus infinity where all are equal.
+        k: Pareto k-hat, the shape of the tail of the weights; minus infinity where the largest are
+            equal.
     """
 
     weights: torch.Tensor
@@ -64,8 +65,11 @@ def smooth(log_weights: torch.Tensor) -> Smoothed:
     top = values.max()
     if not math.isfinite(top):
         raise ValueError(f"log_weights must not be NaN, nor all of them -inf; the largest is {top}")
-    if top - values.min() < _EQUAL:
-        return Smoothed(torch.full((len(values),), 1 / len(values), dtype=torch.double), -math.inf)
+    # The tail is ArviZ's, which refuses one that has no width: equal weights, or those of a discrete
+    # latent.
+    tail = math.ceil(min(len(values) / 5, 3 * len(values) ** 0.5)) + 1
+    if top - np.sort(values)[-tail] < _EQUAL:
+        return Smoothed(torch.from_numpy(values).softmax(0), -math.inf)
     smoothed, k = psislw(values - top)
     return Smoothed(torch.from_numpy(np.exp(smoothed)), k)
 

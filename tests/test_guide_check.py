@@ -1,0 +1,330 @@
+"""Is the guide to be trusted: k-hat of its importance weights, and its marginals against them."""
+
+import io
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from support import mixed_rows
+from torch import nn
+
+from pyro_lightning import ArrayDataModule, IndexedBatch, PyroSVIModule
+from pyro_lightning.arviz_apis import psislw
+from pyro_lightning.guide_check import judge
+from pyro_lightning.log_weights import LogWeights, compute_log_weights
+from pyro_lightning.psis import smooth, threshold, verdict
+
+pytest.importorskip("arviz", reason="ArviZ, which fits the tail, is not installed")
+
+N, DRAWS = 60, 300
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def correlated_data(correlation=0.95):
+    """Two columns whose coefficients are then correlated as strongly, the other way."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, 2, generator=generator)
+    x[:, 1] = correlation * x[:, 0] + math.sqrt(1 - correlation**2) * x[:, 1]
+    y = x @ torch.tensor([1.0, -1.0]) + 0.5 * torch.randn(N, generator=generator)
+    return x, y
+
+
+def exact_posterior(x, y):
+    """Mean and precision of the coefficients, in closed form."""
+    x, y = x.double(), y.double()
+    precision = x.T @ x / 0.25 + torch.eye(2)
+    return torch.linalg.solve(precision, x.T @ y / 0.25), precision
+
+
+class NormalGuide(nn.Module):
+    """A Normal with the given mean and covariance."""
+
+    def __init__(self, mean, covariance):
+        super().__init__()
+        self.mean = nn.Parameter(mean.float())
+        self.register_buffer("covariance", covariance.float())
+
+    def forward(self, x, y):
+        pyro.sample("w", dist.MultivariateNormal(self.mean, self.covariance))
+
+
+def checked(mean, covariance, data, **options):
+    svi = PyroSVIModule(regression, NormalGuide(mean, covariance), dataset_size=N)
+    svi.loss(data)
+    torch.manual_seed(3)
+    return svi.check_guide(ArrayDataModule(data, batch_size=30), DRAWS, **options)
+
+
+def test_weights_are_posterior_over_guide_up_to_the_evidence():
+    data = x, y = correlated_data()
+    mean, precision = exact_posterior(x, y)
+    check = checked(mean + 0.02, 2 * torch.linalg.inv(precision), data)
+    draws = check.draws["w"].double()
+    posterior = dist.MultivariateNormal(mean, precision_matrix=precision)
+    guide = dist.MultivariateNormal((mean + 0.02).float().double(), 2 * torch.linalg.inv(precision))
+    # log p(x, w) = log p(w | x) + log p(x), the last of y's own Normal.
+    evidence = dist.MultivariateNormal(
+        torch.zeros(N).double(), x.double() @ x.double().T + 0.25 * torch.eye(N)
+    ).log_prob(y.double())
+    expected = posterior.log_prob(draws) - guide.log_prob(draws) + evidence
+    # The model runs in single precision: 60 terms of size 1, and the guide's of size 1.
+    torch.testing.assert_close(check.log_weights, expected, rtol=0, atol=1e-3)
+
+
+def test_the_exact_guide_has_weights_without_a_tail():
+    data = correlated_data()
+    mean, precision = exact_posterior(*data)
+    check = checked(mean, torch.linalg.inv(precision), data)
+    # What is left of the weights is rounding, whose tail is light.
+    assert check.k < 0.3 and check.reliable and check.verdict.startswith("good")
+    assert check.effective_size == pytest.approx(DRAWS, rel=1e-4)
+    assert check["w"].agrees and check["w"].verdict == "agrees"
+
+
+def test_the_best_mean_field_guide_of_a_correlated_posterior_is_found_too_narrow():
+    data = correlated_data(0.995)
+    mean, precision = exact_posterior(*data)
+    # The minimum of the KL divergence has the inverse diagonal of the precision: sds that are
+    # sqrt(1 - rho^2) = 0.1 of the posterior's.
+    check = checked(mean, torch.diag(1 / precision.diagonal()), data)
+    # k is 0.995; of few draws the fit is pulled towards 0.5.
+    assert check.k > threshold(DRAWS) and not check.reliable
+    assert check.verdict.startswith(("not reliable", "bad"))
+    assert "too narrow" in check["w"].verdict and not check["w"].agrees
+
+
+@pytest.mark.parametrize("correlation", [0.2, 0.9])
+def test_khat_of_a_mean_field_guide_is_the_correlation_of_the_posterior(correlation):
+    # With u ~ N(0, I) and R = [[1, rho], [rho, 1]] the weights are exp(u' (I - R) u / 2), which is
+    # exp(rho (a^2 - b^2) / 2) of two Normals a and b: P(w > t) falls as t^(-1 / rho), and k = rho.
+    u = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0)).double()
+    log_weights = -correlation * u.prod(1)
+    # The tail of 1,342 weights has an sd of (1 + k) / sqrt(1342) = 0.05 (Hosking and Wallis 1987);
+    # logarithmic terms of P make it lighter.
+    k = judge(LogWeights({"u": u}, log_weights, 0.0, 1)).k
+    assert correlation - 0.25 < k < correlation + 0.1
+
+
+def test_weighted_draws_of_a_guide_that_is_too_wide_have_the_posteriors_mean_and_sd():
+    data = correlated_data(0.5)
+    mean, precision = exact_posterior(*data)
+    covariance = torch.linalg.inv(precision)
+    check = checked(mean + 0.5 * covariance.diagonal().sqrt(), 2 * covariance, data)
+    site, sd = check["w"], covariance.diagonal().sqrt()
+    assert check.reliable and not site.agrees and "too wide" in site.verdict
+    # Four standard errors of a mean and of a sd, by the effective size of the weights.
+    error = 4 / check.effective_size**0.5
+    assert ((site.weighted_mean - mean) / sd).abs().max() < error
+    assert (site.weighted_sd / sd - 1).abs().max() < error
+    assert (site.sd_ratio - 2**0.5).abs().max() < 2 * error
+
+
+def test_terms_outside_the_plate_count_once_and_in_plates_of_every_style_alike():
+    x, y = correlated_data()
+    for plate in (
+        lambda x: pyro.plate("data", len(x)),
+        lambda x: pyro.plate("data", N, subsample_size=len(x)),
+    ):
+
+        def model(x, y, plate=plate):
+            w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.factor("outside", -w.sum().square())
+            with plate(x):
+                pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+        svi = PyroSVIModule(model, AutoMultivariateNormal, dataset_size=N)
+        svi.loss((x, y))
+        torch.manual_seed(0)
+        data = ArrayDataModule((x, y), batch_size=40)
+        weights = compute_log_weights(svi, data.train_dataloader(), DRAWS)
+        w = weights.draws["w"].double()
+        with torch.no_grad():
+            log_q = svi.guide.get_posterior().log_prob(weights.draws["w"]).double()
+        likelihood = dist.Normal(w @ x.double().T, 0.5).log_prob(y.double()).sum(1)
+        prior = dist.Normal(0.0, 1.0).log_prob(w).sum(1) - w.sum(1).square()
+        # Single precision of terms that sum to some 1,000 nats.
+        torch.testing.assert_close(weights.log_weights, likelihood + prior - log_q, rtol=1e-5, atol=1e-3)
+
+
+def logistic(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def test_a_subsampled_weight_is_off_by_its_standard_error():
+    size, batch_size = 1500, 50
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(size, 2, generator=generator)
+    y = torch.bernoulli(torch.sigmoid(x @ torch.tensor([1.0, -0.5])), generator=generator)
+    guide = AutoNormal(logistic, init_scale=0.1)
+    svi = PyroSVIModule(logistic, guide, dataset_size=size)
+    svi.loss((x, y))
+    with torch.no_grad():
+        svi.guide.locs.w.copy_(torch.tensor([1.0, -0.5]))
+    z = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        data = ArrayDataModule((x, y), batch_size=batch_size).train_dataloader()
+        part = compute_log_weights(svi, data, 40, max_rows=300)
+        w = part.draws["w"].double()
+        likelihood = dist.Bernoulli(logits=w @ x.double().T).log_prob(y.double()).sum(1)
+        prior = dist.Normal(0.0, 2.0).log_prob(w).sum(1)
+        log_q = dist.Normal(torch.tensor([1.0, -0.5]).double(), 0.1).log_prob(w).sum(1)
+        off = part.log_weights - (likelihood + prior - log_q)
+        z.append(off.std() / part.standard_error)
+        assert part.rows == 300
+    # What is common to all draws is no error of a weight. Of six runs, in two dimensions whose
+    # errors are all but one number each, the mean square of z is 1 within a factor of 3.
+    assert 1 / 3 < torch.stack(z).square().mean() < 3
+
+
+def test_all_rows_at_each_draw_and_a_subsample_of_all_batches_agree():
+    data = correlated_data()
+    mean, precision = exact_posterior(*data)
+    wide = 2 * torch.linalg.inv(precision)
+    whole = checked(mean, wide, data)
+    part = checked(mean, wide, data, max_rows=N)
+    assert part.standard_error == 0 and part.rows == N
+    torch.testing.assert_close(part.log_weights, whole.log_weights, rtol=0, atol=2e-3)
+
+
+def test_an_uncertain_subsample_gives_no_verdict():
+    theta = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    check = judge(LogWeights({"theta": theta}, 0.1 * theta.double(), 2.0, 100))
+    assert not check.reliable and check.verdict.startswith("unknown")
+    assert "1,600" in check.verdict  # 100 rows times (2 / 0.5) squared
+    assert "cannot tell" in str(check)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_khat_is_the_shape_of_a_generalised_pareto_tail(shape):
+    u = np.random.default_rng(0).random(50_000)
+    weights = np.expm1(-shape * np.log1p(-u)) / shape
+    # The fit is pulled towards 0.5, and takes 671 weights as the tail: its sd is
+    # (1 + k) / sqrt(671) < 0.08 (Hosking and Wallis 1987).
+    assert psislw(np.log(weights))[1] == pytest.approx(shape, abs=0.16)
+    assert smooth(torch.from_numpy(np.log(weights))).k == pytest.approx(shape, abs=0.16)
+
+
+def test_both_generations_of_arviz_smooth_alike():
+    stats = pytest.importorskip("arviz_stats.base", reason="of ArviZ 1.x, which is not installed")
+    arviz = pytest.importorskip("arviz", reason="ArviZ is not installed")
+    if not hasattr(arviz, "psislw"):
+        pytest.skip("this arviz is 1.x, of which arviz_stats is a part")
+    logs = np.random.default_rng(0).standard_normal(2000)
+    new, old = stats.array_stats.psislw(-logs), arviz.psislw(logs)
+    assert float(new[1]) == pytest.approx(float(old[1]), abs=0.03)
+    np.testing.assert_allclose(np.exp(new[0]), np.exp(old[0]), atol=2e-4)
+
+
+def test_the_threshold_is_lower_for_few_draws():
+    # Vehtari et al. 2024: 1 - 1 / log10(S), 0.7 from S = 2,200 on.
+    assert threshold(100) == 0.5 and threshold(1000) == pytest.approx(2 / 3)
+    assert threshold(2200) == pytest.approx(0.7, abs=1e-3) and threshold(10**6) == 0.7
+    assert verdict(0.68, 1000) == (False, verdict(0.68, 1000)[1])
+    assert verdict(0.68, 10_000)[0] and verdict(0.68, 1000)[1].startswith("not reliable")
+    assert "1,334" in verdict(0.68, 1000)[1]  # 10 to the power 1 / (1 - 0.68)
+
+
+def test_a_check_prints_its_sites_verdict_and_reference():
+    data = correlated_data()
+    mean, precision = exact_posterior(*data)
+    check = checked(mean, torch.linalg.inv(precision), data)
+    text = str(check)
+    assert "w " in text and "Pareto k-hat" in text and "good" in text and "Yao" in text
+    rich = pytest.importorskip("rich.console", reason="rich is not installed")
+    console = rich.Console(width=200, record=True, file=io.StringIO())
+    console.print(check)
+    assert "Pareto k-hat" in console.export_text()
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def refused(svi, data, match, **options):
+    svi.loss(IndexedBatch(data, torch.arange(N)))
+    loader = ArrayDataModule(data, batch_size=25)
+    with pytest.raises(ValueError, match=match):
+        svi.check_guide(loader, 100, **options)
+
+
+def test_latents_of_rows_are_refused():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    refused(svi, mixed_rows(N)[0], "'z' stand in the data plate")
+
+
+def test_latents_that_are_summed_out_are_refused():
+    def model(x):
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[k], 1.0), obs=x)
+
+    guide = AutoNormal(pyro.poutine.block(model, hide=["k"]))
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    refused(PyroSVIModule(model, guide, elbo, dataset_size=N), mixed_rows(N)[0], "'k' stand in")
+
+
+def test_a_point_is_refused():
+    svi = PyroSVIModule(regression, AutoDelta, dataset_size=N)
+    refused(svi, correlated_data(), "every draw of the guide is the same point: .*'w'|a point")
+
+
+def test_other_rows_than_those_of_the_training_set_are_refused():
+    svi = PyroSVIModule(regression, dataset_size=2 * N)
+    refused(svi, correlated_data(), "the data hold 60 rows, .* N = 120")
+    refused(svi, correlated_data(), "the data hold 60 rows, .* N = 120", max_rows=50)
+
+
+def test_latents_of_two_values_are_checked():
+    def model(x):
+        flag = pyro.sample("flag", dist.Bernoulli(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(flag, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("flag", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
+
+    svi = PyroSVIModule(model, guide, dataset_size=N)
+    svi.loss(mixed_rows(N)[0])
+    check = svi.check_guide(ArrayDataModule(mixed_rows(N)[0]), 100)
+    # Data around 0: the posterior says no, the guide is a fair coin.
+    assert check["flag"].guide_mean > 0.3 and check["flag"].weighted_mean < 0.01
+
+
+def test_few_draws_are_refused():
+    svi = PyroSVIModule(regression, dataset_size=N)
+    with pytest.raises(ValueError, match="num_samples must be at least 100"):
+        svi.check_guide(ArrayDataModule(correlated_data()), 50)
+    with pytest.raises(TypeError, match="data must be a datamodule, or a loader"):
+        svi.check_guide(correlated_data())
+    with pytest.raises(RuntimeError, match="the guide has no parameters yet"):
+        svi.check_guide(ArrayDataModule(correlated_data()))
+
+
+def test_without_arviz_the_error_names_the_extra(monkeypatch):
+    import pyro_lightning.arviz_apis as apis
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(apis, "import_module", missing)
+    with pytest.raises(ImportError, match=r"pyro-lightning\[arviz\]"):
+        smooth(torch.randn(200))
