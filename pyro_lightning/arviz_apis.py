@@ -9,6 +9,7 @@ import numpy as np
 
 Variables = Mapping[str, Any]
 
+CONTAINERS = ("auto", "InferenceData", "DataTree")
 _SAMPLES = ("chain", "draw")
 
 

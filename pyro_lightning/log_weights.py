@@ -1,6 +1,6 @@
 """Importance weights of a guide's draws, streamed by batch."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,15 +8,17 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 
+from pyro_lightning.draw_runs import GivenMessenger, Layout, Sites, sites_of_run
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import is_subsample
 from pyro_lightning.masked_latents import KEPT
 from pyro_lightning.posterior import is_latent, stands_in
-from pyro_lightning.reruns import Handled
+from pyro_lightning.prepared import Ready, prepared
 from pyro_lightning.rows import data_of
 from pyro_lightning.states import preserved_buffers
 
 _LEAST_BATCHES = 4  # whose differences tell the standard error
+_AT_ONCE = 2**18  # draws times rows that are run together: more of them are no faster
 _Terms = tuple[torch.Tensor, torch.Tensor]  # outside and inside the data plate
 
 
@@ -70,16 +72,15 @@ def compute_log_weights(
     JASA 114, for the difference estimator.
     """
     _refuse_unserved(module)
-    with torch.no_grad(), preserved_buffers(module), module._isolated() as handled:
-        draws, log_q = _draw_with_density(module, handled, num_samples)
+    with torch.no_grad():
+        draws, log_q = _draw_with_density(module, num_samples)
         masked = [name for name in draws if module._masks.get(name, KEPT) != KEPT]
         if masked:
             raise ValueError(
                 f"the latents {', '.join(map(repr, masked))} have a mask, which the guide's draws "
                 "do not know before the model runs: their weights are not computed"
             )
-        model = _Model(module, handled, draws)
-        moved = _moved(module, batches)
+        model, moved = _Model(module, draws), _moved(module, batches)
         estimate = model.all_rows(moved) if max_rows is None else model.some_rows(moved, max_rows)
     weights = estimate.log_joint - log_q
     if torch.isnan(weights).any():
@@ -115,7 +116,7 @@ def _refuse_unserved(module: Any) -> None:
 
 
 def _draw_with_density(
-    module: Any, handled: Handled, num_samples: int
+    module: Any, num_samples: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Draw global latents; returns them with the log-density of each draw."""
     batch = module.transfer_batch_to_device(module._prototype, module.device, 0)
@@ -125,7 +126,11 @@ def _draw_with_density(
     plates = module._row_plates()
     drawn: list[dict[str, torch.Tensor]] = []
     log_q = torch.empty(num_samples, dtype=torch.double)
-    with module._rows_of(batch, count):
+    with (
+        preserved_buffers(module),
+        module._isolated() as handled,
+        module._rows_of(batch, count),
+    ):
         guide = poutine.trace(module._handler(count)()(handled(module.guide)))
         for number in range(num_samples):
             nodes = guide.get_trace(*args, **kwargs).nodes.values()
@@ -133,7 +138,7 @@ def _draw_with_density(
             local = sorted(s["name"] for s in sites if stands_in(s, plates) and is_latent(s))
             if local:
                 _refuse_local(local)
-            log_q[number] = sum(_log_prob(site) for site in sites)
+            log_q[number] = sum(float(_terms(site).sum()) for site in sites)
             drawn.append({s["name"]: s["value"].detach() for s in sites if is_latent(s)})
     draws = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
     if all(bool((draw == draw[0]).all()) for draw in draws.values()):
@@ -162,10 +167,11 @@ class _Estimate(NamedTuple):
 class _Model:
     """The log-density of a model at draws of its global latents."""
 
-    def __init__(self, module: Any, handled: Handled, draws: Mapping[str, torch.Tensor]) -> None:
-        self.module, self.handled, self.draws = module, handled, draws
+    def __init__(self, module: Any, draws: Mapping[str, torch.Tensor]) -> None:
+        self.module, self.draws = module, draws
         self.count = len(next(iter(draws.values())))
         self.size = module._whole_size()
+        self.at_once: bool | None = None  # found out on the first batch
 
     def all_rows(self, batches: Iterable[Any]) -> _Estimate:
         """Sum over all rows at each draw."""
@@ -224,73 +230,78 @@ class _Model:
 
     def _at_draws(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the terms outside and inside the data plate at each draw, unscaled."""
-        with self._on(batch) as at:
-            found = [
-                at({name: draw[number] for name, draw in self.draws.items()})
-                for number in range(self.count)
-            ]
-        outside, inside = zip(*found, strict=True)
-        return torch.stack(outside).cpu(), torch.stack(inside).cpu()
+        with self._ready(batch) as ready:
+            if self.at_once is None:
+                self.at_once = ready.why_not_at_once() is None
+            layouts = {n: Layout(_terms(s), 0) for n, s in ready.sites.items() if _has_terms(s)}
+            sums = []
+            chunk = max(1, _AT_ONCE // ready.rows)
+            for start in range(0, self.count, chunk):
+                draws = {name: each[start : start + chunk] for name, each in self.draws.items()}
+                count = min(chunk, self.count - start)
+                terms = ready.model.read(_terms, layouts, draws, count, self.at_once)
+                by_draw = {name: each.reshape(count, -1).sum(1) for name, each in terms.items()}
+                sums.append(self._parted(by_draw, ready))
+        outside, inside = zip(*sums, strict=True)
+        return torch.cat(outside), torch.cat(inside)
 
     def _expansion(
         self, batch: Any, centre: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the terms inside the data plate at the centre; returns their gradient as well."""
         values = {name: value.clone().requires_grad_() for name, value in centre.items()}
-        with torch.enable_grad(), self._on(batch) as at:
-            _, inside = at(values)
+        with self._ready(batch) as ready, torch.enable_grad():
+            sites = sites_of_run(ready.model.run, GivenMessenger(values))
+            sums = {name: _terms(site).sum() for name, site in sites.items() if _has_terms(site)}
+            _, inside = self._parted(sums, ready)
             found = torch.autograd.grad(inside, list(values.values()), allow_unused=True)
         gradients = {
-            name: torch.zeros_like(value) if gradient is None else gradient
+            name: (torch.zeros_like(value) if gradient is None else gradient)[None]
             for (name, value), gradient in zip(values.items(), found, strict=True)
         }
-        return inside.detach().cpu(), _flat({n: g[None] for n, g in gradients.items()})[0]
+        return inside.detach(), _flat(gradients)[0]
+
+    def _parted(self, sums: Mapping[str, torch.Tensor], ready: Ready) -> _Terms:
+        """Add up the sums of sites outside the data plate, and those of sites inside, unscaled."""
+        module = self.module
+        zero = torch.zeros((), dtype=torch.double)
+        outside, inside = zero.expand(next(iter(sums.values())).shape), zero
+        plates, named = set(module._data_plates), module._scale_sites
+        for name, total in sums.items():
+            if stands_in(ready.sites[name], plates) or name in named:
+                inside = inside + total.cpu()
+            else:
+                outside = outside + total.cpu()
+        return outside, inside * (ready.rows / module._known_size())
 
     @contextmanager
-    def _on(self, batch: Any) -> Iterator[Callable[[Mapping[str, torch.Tensor]], _Terms]]:
-        """Yield what sums the terms on a batch at given latents."""
-        module, rows = self.module, self._rows(batch)
-        args, kwargs = module.model_inputs(data_of(batch))
-        handler, share = module._handler(rows), rows / module._known_size()
-        plates, named = set(module._data_plates), set(module._scale_sites)
-        zero = torch.zeros((), dtype=torch.double, device=module.device)
-
-        def at(values: Mapping[str, torch.Tensor]) -> _Terms:
-            outside = inside = zero
-            with poutine.condition(data=dict(values)):
-                met = handler()
-                met(model)(*args, **kwargs)
-            if not all(site["is_observed"] for site in met.sites):
-                _refuse_undrawn(met.sites, plates)
-            for site in met.sites:
-                if stands_in(site, plates) or site["name"] in named:
-                    inside = inside + _log_prob(site)
-                else:
-                    outside = outside + _log_prob(site)
-            return outside, inside * share
-
-        with module._rows_of(batch, rows):
-            model = self.handled(module.model)
-            yield at
+    def _ready(self, batch: Any) -> Iterator[Ready]:
+        with prepared(self.module, batch, self.draws, None, "guide", unobserved=False) as ready:
+            undrawn = [name for name, site in ready.sites.items() if not site["is_observed"]]
+            if undrawn:
+                _refuse_undrawn(undrawn, ready.sites, set(self.module._data_plates))
+            yield ready
 
 
-def _refuse_undrawn(sites: Iterable[Any], plates: Collection[str]) -> None:
-    undrawn = [site for site in sites if not site["is_observed"]]
-    local = [site["name"] for site in undrawn if stands_in(site, plates)]
+def _refuse_undrawn(names: list[str], sites: Sites, plates: Collection[str]) -> None:
+    local = [name for name in names if stands_in(sites[name], plates)]
     if local:
         _refuse_local(local)
-    names = ", ".join(repr(site["name"]) for site in undrawn)
     raise ValueError(
-        f"the guide does not draw the latents {names}, which the model sums out: the weights of "
-        "its other draws are not computed"
+        f"the guide does not draw the latents {', '.join(map(repr, names))}, which the model sums "
+        "out: the weights of its other draws are not computed"
     )
 
 
-def _log_prob(site: Any) -> torch.Tensor:
-    """Sum the log-density of a site in double precision, with its scale and mask."""
-    fn, args, kwargs = site["fn"], site["args"], site["kwargs"]
-    log_prob = torch.as_tensor(fn.log_prob(site["value"], *args, **kwargs)).double()
-    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"])).sum()
+def _has_terms(site: Any) -> bool:
+    return not site["infer"].get("_deterministic")
+
+
+def _terms(site: Any) -> torch.Tensor:
+    """Compute the log-density of a site in double precision, with its scale and mask."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    terms = scale_and_mask(torch.as_tensor(log_prob).double(), site["scale"], site["mask"])
+    return torch.as_tensor(terms)
 
 
 def _standard_error(left: torch.Tensor, rows: torch.Tensor, whole: int, dataset_size: int) -> float:

@@ -65,8 +65,7 @@ def smooth(log_weights: torch.Tensor) -> Smoothed:
     top = values.max()
     if not math.isfinite(top):
         raise ValueError(f"log_weights must not be NaN, nor all of them -inf; the largest is {top}")
-    # The tail is ArviZ's, which refuses one that has no width: equal weights, or those of a discrete
-    # latent.
+    # ArviZ fits these, and refuses a tail without width: equal weights, those of a discrete latent.
     tail = math.ceil(min(len(values) / 5, 3 * len(values) ** 0.5)) + 1
     if top - np.sort(values)[-tail] < _EQUAL:
         return Smoothed(torch.from_numpy(values).softmax(0), -math.inf)

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from pyro_lightning.batches import count_rows, map_tensors
 from pyro_lightning.handlers import is_subsample, observed
-from pyro_lightning.params import trainable_leaves
+from pyro_lightning.params import complete_contexts, trainable_leaves
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.states import preserved_buffers
 
@@ -42,7 +42,8 @@ def simulate(
     plates = module._row_plates()
     with preserved_buffers(module), module._isolated() as handled, torch.enable_grad():
         model = poutine.uncondition(module._handler(rows)()(handled(module.model)))
-        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
+        trace = complete_contexts(lambda: poutine.trace(model).get_trace(*args, **kwargs))
+        nodes = trace.nodes.values()
         sites = [s for s in nodes if s["type"] == "sample" and not is_subsample(s)]
         _refuse_parameters(sites)
     seen = [s for s in sites if s["infer"].get("was_observed")]

@@ -153,7 +153,9 @@ def test_terms_outside_the_plate_count_once_and_in_plates_of_every_style_alike()
         likelihood = dist.Normal(w @ x.double().T, 0.5).log_prob(y.double()).sum(1)
         prior = dist.Normal(0.0, 1.0).log_prob(w).sum(1) - w.sum(1).square()
         # Single precision of terms that sum to some 1,000 nats.
-        torch.testing.assert_close(weights.log_weights, likelihood + prior - log_q, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(
+            weights.log_weights, likelihood + prior - log_q, rtol=1e-5, atol=1e-3
+        )
 
 
 def logistic(x, y):
