@@ -7,6 +7,8 @@ from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.guide_check import GuideCheck, SiteCheck
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.prediction import Prediction
+from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
@@ -23,6 +25,8 @@ __all__ = [
     "GuideCheck",
     "IndexedBatch",
     "IndexedDataset",
+    "Prediction",
+    "PredictionWriter",
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",

@@ -5,13 +5,12 @@ from typing import Any
 
 from pyro_lightning.arguments import read_choice, read_count, read_flag
 from pyro_lightning.arviz_apis import CONTAINERS, make_container
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.guide_check import GuideCheck, check_guide
 from pyro_lightning.inference_data import GROUPS, collect_groups, named_dims, read_groups
-from pyro_lightning.training_data import training_batches
+from pyro_lightning.prediction_hooks import Predictions
 
 
-class AfterFit(Checkpoints):
+class AfterFit(Predictions):
     """Checks of the guide, and its draws for other programs."""
 
     def check_guide(
@@ -25,7 +24,8 @@ class AfterFit(Checkpoints):
         runs. For models of global latents; parameters of the model are taken as they are.
 
         Args:
-            data: The datamodule that the module was trained on, or a loader of its N rows.
+            data: The datamodule that the module was trained on, which is set up, or a loader of its
+                N rows.
             num_samples: S, at least 100; from 2,200 on k-hat up to 0.7 will do.
             max_rows: For large N: each draw is evaluated at about as many rows, four batches at
                 least, chosen at random, and all others at the mean of the draws alone. The
@@ -45,7 +45,7 @@ class AfterFit(Checkpoints):
         Source: Yao et al. 2018, "Yes, but did it work?: Evaluating variational inference"; Vehtari
         et al. 2024, "Pareto smoothed importance sampling".
         """
-        return check_guide(self, training_batches(data), num_samples, max_rows)
+        return check_guide(self, self._batches_of(data), num_samples, max_rows)
 
     def to_inference_data(
         self,
@@ -66,8 +66,8 @@ class AfterFit(Checkpoints):
         :meth:`check_guide` says whether they are draws of the posterior.
 
         Args:
-            data: A loader of rows, in whose order they stand; or a datamodule, for its training
-                rows in the order of the data set.
+            data: A loader of rows, in whose order they stand; or a datamodule that is set up, for
+                its training rows in the order of the data set.
             num_samples: S.
             groups: Which groups to make: ``posterior``, ``posterior_predictive`` and
                 ``log_likelihood`` (pointwise, in nats, without N/B), which share S draws of the
@@ -96,7 +96,7 @@ class AfterFit(Checkpoints):
         read_choice(container, "container", CONTAINERS)
         read_flag(local_latents, "local_latents")
         found = collect_groups(
-            self, training_batches(data), num_samples, wanted, local_latents=local_latents
+            self, self._batches_of(data), num_samples, wanted, local_latents=local_latents
         )
         plate = next(iter(self._row_plates()), "row")
         labels = {} if coords is None else coords

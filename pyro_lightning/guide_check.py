@@ -217,7 +217,7 @@ def check_guide(
 
     Args:
         module: A ``PyroSVIModule`` that has trained.
-        batches: All N rows of the training set, once each.
+        batches: All N rows of the training set, once each, on the module's device.
         num_samples: S.
         max_rows: About how many rows each draw is evaluated at; None for all.
 

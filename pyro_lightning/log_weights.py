@@ -60,7 +60,7 @@ def compute_log_weights(
 
     Args:
         module: A ``PyroSVIModule`` that has trained.
-        batches: All N rows of the training set, once each.
+        batches: All N rows of the training set, once each, on the module's device.
         num_samples: S.
         max_rows: About n; None for all rows at each draw.
 
@@ -80,8 +80,10 @@ def compute_log_weights(
                 f"the latents {', '.join(map(repr, masked))} have a mask, which the guide's draws "
                 "do not know before the model runs: their weights are not computed"
             )
-        model, moved = _Model(module, draws), _moved(module, batches)
-        estimate = model.all_rows(moved) if max_rows is None else model.some_rows(moved, max_rows)
+        model = _Model(module, draws)
+        estimate = (
+            model.all_rows(batches) if max_rows is None else model.some_rows(batches, max_rows)
+        )
     weights = estimate.log_joint - log_q
     if torch.isnan(weights).any():
         raise ValueError(
@@ -323,8 +325,3 @@ def _standard_error(left: torch.Tensor, rows: torch.Tensor, whole: int, dataset_
 def _flat(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Put the entries of all latents of a draw in one row, in double precision on the CPU."""
     return torch.cat([v.reshape(len(v), -1).double().cpu() for v in values.values()], 1)
-
-
-def _moved(module: Any, batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        yield module.transfer_batch_to_device(batch, module.device, 0)

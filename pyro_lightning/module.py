@@ -20,6 +20,7 @@ from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
+from pyro_lightning.prediction import Prediction, read_prediction
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
@@ -91,6 +92,8 @@ class PyroSVIModule(AfterFit):
             the batch, which never train. This holds for a stated N, too. A step that is not
             taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
             parameters that are not finite, and where no batch of an epoch is good.
+        prediction: What ``trainer.predict`` draws of each batch: a :class:`Prediction`, or a dict
+            of its fields, which a checkpoint's hyperparameters can hold.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -128,6 +131,7 @@ class PyroSVIModule(AfterFit):
         steps_per_batch: int = 1,
         save_example: bool = True,
         bad_batches: str = "raise",
+        prediction: Prediction | Mapping[str, Any] | None = None,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -159,6 +163,7 @@ class PyroSVIModule(AfterFit):
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
+        self._prediction = read_prediction(prediction)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 

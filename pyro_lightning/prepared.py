@@ -21,6 +21,7 @@ from pyro_lightning.draw_runs import (
     sites_of_run,
     value_of,
 )
+from pyro_lightning.guides import parts_of
 from pyro_lightning.layout import contents_of, layout_of
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.retold import is_foreign, retell
@@ -253,6 +254,24 @@ def prepared(
         )
         _check_globals(ready, module, values)
         yield ready
+
+
+def rows_from_prior(module: Any, batch: Any) -> tuple[list[str], int]:
+    """Tell which latents of how many rows of a batch come from the prior: the guide has none.
+
+    Args:
+        module: A ``PyroSVIModule`` whose guide has parameters.
+        batch: A batch of it.
+    """
+    sites = sorted(_sites_of_known_rows(module))
+    if not sites or any(part.create_plates is not None for part in parts_of(module.guide)):
+        return sites, 0
+    rows = module.num_rows(data_of(batch))
+    if not isinstance(batch, IndexedBatch):
+        return sites, rows
+    if module._trained is None:
+        return sites, 0
+    return sites, int((~module._trained[torch.as_tensor(batch.rows).cpu()]).sum())
 
 
 def local_sites(module: Any) -> set[str]:

@@ -315,8 +315,8 @@ def test_few_draws_are_refused():
     svi = PyroSVIModule(regression, dataset_size=N)
     with pytest.raises(ValueError, match="num_samples must be at least 100"):
         svi.check_guide(ArrayDataModule(correlated_data()), 50)
-    with pytest.raises(TypeError, match="data must be a datamodule, or a loader"):
-        svi.check_guide(correlated_data())
+    with pytest.raises(TypeError, match="a loader or other iterable of batches, or a datamodule"):
+        svi.check_guide(correlated_data()[0])
     with pytest.raises(RuntimeError, match="the guide has no parameters yet"):
         svi.check_guide(ArrayDataModule(correlated_data()))
 
