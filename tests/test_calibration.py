@@ -49,27 +49,27 @@ def calibration(fit, seed=0, **options):
 
 
 def test_the_exact_posterior_is_calibrated():
-    check = calibration(closed_form(), num_simulations=150)
+    check = calibration(closed_form(), num_simulations=100)
     assert check.calibrated and check["mu"].verdict == "calibrated"
-    assert check.verdict.startswith("calibrated, as far as 150 simulations can tell")
-    assert check.ranks["mu"].shape == (150,) and check.num_samples == 99
+    assert check.verdict.startswith("calibrated, as far as 100 simulations can tell")
+    assert check.ranks["mu"].shape == (100,) and check.num_samples == 99
 
 
 def test_a_guide_of_half_the_width_is_found_too_narrow():
-    check = calibration(closed_form(width=0.5), num_simulations=100)
+    check = calibration(closed_form(width=0.5), num_simulations=60)
     assert not check.calibrated and check["mu"].verdict == "too narrow"
     # u = Phi(2 z) with z ~ N(0, 1): E[(u - 1/2)^2] is asin(4 / 5) / (2 pi), over 1 / 12 of a
-    # uniform u. Its sd over 100 simulations is below 0.09.
-    assert check["mu"].spread == pytest.approx(math.asin(0.8) / (2 * math.pi) * 12, abs=0.3)
+    # uniform u. Its sd over 60 simulations is below 0.12.
+    assert check["mu"].spread == pytest.approx(math.asin(0.8) / (2 * math.pi) * 12, abs=0.4)
 
 
 @pytest.mark.parametrize("shift, words", [(1.0, "too high"), (-1.0, "too low")])
 def test_a_guide_that_is_off_by_a_standard_deviation_is_found(shift, words):
-    check = calibration(closed_form(shift=shift), num_simulations=60)
+    check = calibration(closed_form(shift=shift), num_simulations=40)
     assert not check.calibrated and words in check["mu"].verdict
     # The truth is below a draw at -shift sd: E[u] = Phi(-shift / sqrt(2)).
     expected = 0.5 * math.erfc(shift / 2)
-    assert check["mu"].mean == pytest.approx(expected, abs=4 * 0.29 / 60**0.5)
+    assert check["mu"].mean == pytest.approx(expected, abs=4 * 0.29 / 40**0.5)
 
 
 class Regression(PyroSVIModule):
@@ -97,30 +97,30 @@ def test_fits_by_the_trainer_to_data_by_name_are_ranked():
         seen.append(batch["y"].sort().values)
         # Covariates come through as they are, in another order.
         assert torch.equal(batch["x"][:, 0].sort().values, x[:, 0].sort().values)
-        quiet_trainer(max_epochs=120).fit(svi, data)
+        quiet_trainer(max_epochs=60).fit(svi, data)
 
     check = simulation_based_calibration(
-        Regression, {"x": x, "y": torch.zeros(40)}, {"y": "y"}, fit, num_simulations=6
+        Regression, {"x": x, "y": torch.zeros(40)}, {"y": "y"}, fit, num_simulations=4
     )
-    assert len({tuple(y.tolist()) for y in seen}) == 6  # new data each time
-    assert check.ranks["layer.weight"].shape == (6, 1, 2)
-    assert check.ranks["layer.bias"].shape == (6, 1)
-    # Fits that are near the posterior: no truth lies outside all draws of all 18 scalars but by
-    # chance (2 % each), which leaves four of them at most.
+    assert len({tuple(y.tolist()) for y in seen}) == 4  # new data each time
+    assert check.ranks["layer.weight"].shape == (4, 1, 2)
+    assert check.ranks["layer.bias"].shape == (4, 1)
+    # Of 12 scalars that are fitted each lies outside all draws with a probability of 2 %. Without
+    # a fit the guide is N(0, 0.1), and all but one or two lie outside.
     outside = sum(int(((r == 0) | (r == 99)).sum()) for r in check.ranks.values())
-    assert outside <= 4
+    assert outside <= 3
 
 
 def test_simulated_data_follow_the_prior():
     svi = PyroSVIModule(normal_mean)
     torch.manual_seed(0)
-    found = [simulate(svi, torch.zeros(N), {"x": 0}) for _ in range(2000)]
+    found = [simulate(svi, torch.zeros(N), {"x": 0}) for _ in range(800)]
     mu = torch.stack([truth["mu"] for truth, _ in found])
     x = torch.stack([data for _, data in found])
     # mu ~ N(0, 1), x - mu ~ N(0, 1): four standard errors of means and of variances.
-    assert abs(mu.mean()) < 4 / 2000**0.5 and abs(mu.var() - 1) < 4 * (2 / 2000) ** 0.5
+    assert abs(mu.mean()) < 4 / 800**0.5 and abs(mu.var() - 1) < 4 * (2 / 800) ** 0.5
     noise = x - mu[:, None]
-    assert abs(noise.mean()) < 4 / 20_000**0.5 and abs(noise.var() - 1) < 4 * (2 / 20_000) ** 0.5
+    assert abs(noise.mean()) < 4 / 8000**0.5 and abs(noise.var() - 1) < 4 * (2 / 8000) ** 0.5
 
 
 def test_a_fit_that_seeds_its_noise_does_not_make_all_data_equal():

@@ -9,8 +9,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from support import mixed_rows
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+    init_to_value,
+)
+from pyro.nn import PyroModule, PyroSample
+from support import mixed_rows, quiet_trainer
 from torch import nn
 
 from pyro_lightning import ArrayDataModule, IndexedBatch, PyroSVIModule
@@ -138,9 +146,9 @@ def test_terms_outside_the_plate_count_once_and_in_plates_of_every_style_alike()
 
         def model(x, y, plate=plate):
             w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.factor("outside", -w.sum().square())
+            pyro.factor("outside", -w.sum(-1).square())
             with plate(x):
-                pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+                pyro.sample("y", dist.Normal((x * w).sum(-1), 0.5), obs=y)
 
         svi = PyroSVIModule(model, AutoMultivariateNormal, dataset_size=N)
         svi.loss((x, y))
@@ -158,10 +166,63 @@ def test_terms_outside_the_plate_count_once_and_in_plates_of_every_style_alike()
         )
 
 
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoStructured])
+def test_guides_of_constrained_latents_have_their_jacobian(guide):
+    y = torch.tensor([0.5, -1.0, 2.0])
+
+    def model(y):
+        sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+    # Of one latent each of these guides is a Normal of log(sigma).
+    made = guide(model, init_loc_fn=init_to_value(values={"sigma": torch.tensor(1.5)}))
+    svi = PyroSVIModule(model, made, dataset_size=3)
+    svi.loss(y)
+    found = compute_log_weights(svi, [y], 100)
+    sigma, scale = found.draws["sigma"].double(), 0.1
+    if guide is AutoStructured:
+        scale = float(svi.guide.scales.sigma.detach())
+    log_q = dist.LogNormal(math.log(1.5), scale).log_prob(sigma)
+    prior = dist.LogNormal(0.0, 1.0).log_prob(sigma)
+    likelihood = dist.Normal(0.0, sigma[:, None]).log_prob(y.double()).sum(1)
+    torch.testing.assert_close(found.log_weights, likelihood + prior - log_q, rtol=0, atol=1e-4)
+
+
+def test_latents_of_a_pyro_module_are_weighted_after_a_fit():
+    class Linear(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = PyroModule[nn.Linear](2, 1)
+            self.layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+            self.layer.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+        def forward(self, x, y):
+            mean = self.layer(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+    x, y = correlated_data(0.5)
+    svi = PyroSVIModule(Linear(), AutoMultivariateNormal)
+    data = ArrayDataModule((x, y), batch_size=25)
+    quiet_trainer(max_epochs=2).fit(svi, datamodule=data)
+    check = svi.check_guide(data, 100)
+    weight, bias = check.draws["layer.weight"], check.draws["layer.bias"]
+    assert weight.shape == (100, 1, 2) and bias.shape == (100, 1)
+    both = torch.cat([weight[:, 0], bias], 1)
+    with torch.no_grad():
+        log_q = svi.guide.get_posterior().log_prob(both).double()
+    prior = dist.Normal(0.0, 1.0).log_prob(both.double()).sum(1)
+    mean = weight[:, 0].double() @ x.double().T + bias.double()
+    likelihood = dist.Normal(mean, 0.5).log_prob(y.double()).sum(1)
+    # Single precision of terms that sum to some 1,000 nats.
+    torch.testing.assert_close(check.log_weights, likelihood + prior - log_q, rtol=1e-5, atol=1e-3)
+
+
 def logistic(x, y):
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+        pyro.sample("y", dist.Bernoulli(logits=(x * w).sum(-1)), obs=y)
 
 
 def test_a_subsampled_weight_is_off_by_its_standard_error():
@@ -315,10 +376,11 @@ def test_few_draws_are_refused():
     svi = PyroSVIModule(regression, dataset_size=N)
     with pytest.raises(ValueError, match="num_samples must be at least 100"):
         svi.check_guide(ArrayDataModule(correlated_data()), 50)
-    with pytest.raises(TypeError, match="a loader or other iterable of batches, or a datamodule"):
-        svi.check_guide(correlated_data()[0])
     with pytest.raises(RuntimeError, match="the guide has no parameters yet"):
         svi.check_guide(ArrayDataModule(correlated_data()))
+    svi.loss(correlated_data())
+    with pytest.raises(TypeError, match="a loader or other iterable of batches, or a datamodule"):
+        svi.check_guide(correlated_data()[0])
 
 
 def test_without_arviz_the_error_names_the_extra(monkeypatch):
