@@ -8,7 +8,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning import ArrayDataModule, Prediction, PyroSVIModule
 
 NOISE = 0.5
 
@@ -40,3 +40,20 @@ class Regression(PyroSVIModule):
 class Rows(ArrayDataModule):
     def __init__(self, rows: int = 500, batch_size: int = 50, val_split: float = 0.0):
         super().__init__(regression_rows(rows), batch_size=batch_size, val_split=val_split)
+
+
+class Predicted(PyroSVIModule):
+    """A subclass whose predictions a configuration describes."""
+
+    def __init__(self, prediction: Prediction | None = None):
+        super().__init__(prediction=prediction)
+
+    def model(self, x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), NOISE), obs=y)
+
+
+class NewRows(ArrayDataModule):
+    def __init__(self, rows: int = 100):
+        super().__init__(regression_rows(rows), batch_size=30, predict=regression_rows(rows)[:1])

@@ -8,14 +8,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.util import warn_if_nan
+from support import quiet_trainer
 from torch import _inductor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import BatchSampler, DataLoader
 
+from pyro_lightning._lightning import wrapped_batches
 from pyro_lightning._upstream import (
     answer_to_check,
     compile_graph,
@@ -265,3 +269,20 @@ def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RuntimeError, match="PytorchStreamReader"):
         open_records(str(path))
+
+
+def test_lightning_wraps_what_makes_the_batches_that_are_predicted():
+    seen = []
+
+    class Wrapped(Callback):
+        def on_predict_start(self, trainer, pl_module):
+            seen.append(wrapped_batches(trainer.predict_loop._combined_loader.flattened[0]))
+
+    class Nothing(LightningModule):
+        def predict_step(self, batch):
+            return batch
+
+    loader = DataLoader(torch.arange(4), batch_size=3)
+    quiet_trainer(callbacks=[Wrapped()]).predict(Nothing(), loader)
+    assert type(seen[0]) is BatchSampler and seen[0].batch_size == 3
+    assert wrapped_batches(loader) is None
