@@ -122,10 +122,11 @@ class GuideCheck:
 
     .. math:: w_s \propto p(x, \theta_s) / q(\theta_s), \quad \theta_s \sim q
 
-    with a light tail. Pareto k-hat is the shape of that tail: below 0.5 the guide is close, up to
-    :math:`\min(1 - 1/\log_{10} S, 0.7)` weighted draws correct it, and above neither can be relied
-    on. It speaks for all latents together, and for what the guide's draws reach: a mode far from
-    the guide that no draw came near shows in none of these numbers.
+    with a light tail. Pareto k-hat is the shape of that tail: below 0.5 weighted draws are good, up
+    to :math:`\min(1 - 1/\log_{10} S, 0.7)` usable, and above neither they nor the guide's own can
+    be relied on. It speaks for all latents together. A guide that is too wide has good weights; that
+    shows in the table, which compares its marginals with the weighted ones. A mode far from the
+    guide that no draw came near shows in none of these numbers.
 
     Attributes:
         k: Pareto k-hat.
@@ -166,15 +167,47 @@ class GuideCheck:
         return is_reliable(self.k, self.num_samples, self.standard_error)
 
     @property
+    def agrees(self) -> bool:
+        """Whether they can, and the guide's mean and sd of every latent are those of them."""
+        return self.reliable and not self._off()
+
+    def _off(self) -> list[str]:
+        return [repr(each.name) for each in self.sites if each.verdict not in ("agrees", "a point")]
+
+    @property
     def verdict(self) -> str:
-        """What k-hat says, in words."""
+        """What k-hat and the table say, in words."""
         if self.standard_error > LARGEST_ERROR:
             return (
                 f"unknown: from {self.rows:,} rows a log weight has a standard error of "
                 f"{self.standard_error:.2g} nats, and k-hat is that of this error. Take a larger "
                 f"max_rows, about {self._rows_needed():,}, or all rows"
             )
-        return verdict(self.k, self.num_samples)[1]
+        reliable, words = verdict(self.k, self.num_samples)
+        if not reliable:
+            return words
+        if off := self._off():
+            return (
+                "usable, with weights: weighted draws can be relied on, but the guide's own are "
+                f"off at {', '.join(off)}. Use resample(), train longer, or take a richer guide"
+            )
+        return f"{words}, and its own mean and sd of each latent agree with them"
+
+    def resample(self, num_samples: int) -> dict[str, torch.Tensor]:
+        """Draw among the guide's draws by their weights, with replacement.
+
+        Where the check is reliable these are draws of the posterior, worth as many independent ones
+        as :attr:`effective_size` at most.
+
+        Args:
+            num_samples: How many.
+
+        Returns:
+            ``(num_samples, *shape of the site)`` by site, on the device of the draws.
+        """
+        num_samples = read_count(num_samples, "num_samples")
+        places = torch.multinomial(self.weights, num_samples, replacement=True)
+        return {name: draw[places.to(draw.device)] for name, draw in self.draws.items()}
 
     def _rows_needed(self) -> int:
         return round(self.rows * (self.standard_error / LARGEST_ERROR) ** 2)

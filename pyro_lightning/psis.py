@@ -14,6 +14,7 @@ REFERENCE = (
 )
 GOOD, RELIABLE = 0.5, 0.7
 _EQUAL = 1e-6  # nats between log weights that only rounding tells apart
+_UNDERFLOW = -700.0  # below which a weight is 0 beside the largest
 LEAST_DRAWS = 100  # whose largest 20 the tail is fitted to
 
 
@@ -23,7 +24,7 @@ class Smoothed(NamedTuple):
     Attributes:
         weights: Smoothed and normalised, ``(S,)``, in double precision on the CPU: their sum is 1.
         k: Pareto k-hat, the shape of the tail of the weights; minus infinity where the largest are
-            equal.
+            equal, infinity where all but a few are 0.
     """
 
     weights: torch.Tensor
@@ -65,10 +66,13 @@ def smooth(log_weights: torch.Tensor) -> Smoothed:
     top = values.max()
     if not math.isfinite(top):
         raise ValueError(f"log_weights must not be NaN, nor all of them -inf; the largest is {top}")
-    # ArviZ fits these, and refuses a tail without width: equal weights, those of a discrete latent.
+    # ArviZ fits a tail of so many. It refuses one without width, of equal weights or a discrete
+    # latent, and is silent where most of it is 0 in double precision: 1.x has a k-hat of 0.05 then.
     tail = math.ceil(min(len(values) / 5, 3 * len(values) ** 0.5)) + 1
-    if top - np.sort(values)[-tail] < _EQUAL:
-        return Smoothed(torch.from_numpy(values).softmax(0), -math.inf)
+    least = np.sort(values)[-tail] - top
+    if least > -_EQUAL or least < _UNDERFLOW:
+        raw = torch.from_numpy(values).softmax(0)
+        return Smoothed(raw, math.inf if least < _UNDERFLOW else -math.inf)
     smoothed, k = psislw(values - top)
     return Smoothed(torch.from_numpy(np.exp(smoothed)), k)
 
@@ -90,21 +94,17 @@ def threshold(num_samples: int) -> float:
 def verdict(k: float, num_samples: int) -> tuple[bool, str]:
     """Judge a k-hat; returns whether weighted draws can be relied on, and the words for it.
 
+    It judges the weights. Those of a guide that is too wide are good, too; its draws are not.
+
     Example:
         >>> verdict(0.6, 10_000)[1].split(":")[0]
         'usable'
     """
     limit = threshold(num_samples)
     if k < min(GOOD, limit):
-        return True, (
-            "good: the guide is close to the posterior, and its draws can be taken for draws of "
-            "it, better still with their weights"
-        )
+        return True, "good: weighted draws of the guide can be relied on"
     if k < limit:
-        return True, (
-            "usable: the guide is off, but near enough that weights correct its draws; use "
-            "weighted draws"
-        )
+        return True, "usable: weighted draws of the guide can be relied on, with a larger error"
     needed = 10 ** (1 / (1 - k)) if k < RELIABLE else math.inf
     if needed < math.inf:
         return False, (
