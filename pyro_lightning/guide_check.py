@@ -124,9 +124,9 @@ class GuideCheck:
 
     with a light tail. Pareto k-hat is the shape of that tail: below 0.5 weighted draws are good, up
     to :math:`\min(1 - 1/\log_{10} S, 0.7)` usable, and above neither they nor the guide's own can
-    be relied on. It speaks for all latents together. A guide that is too wide has good weights; that
-    shows in the table, which compares its marginals with the weighted ones. A mode far from the
-    guide that no draw came near shows in none of these numbers.
+    be relied on. It speaks for all latents together. A guide that is too wide has good weights, and
+    shows in the table, which compares its marginals with the weighted ones. A mode that no draw of
+    the guide came near shows in none of these numbers.
 
     Attributes:
         k: Pareto k-hat.

@@ -131,7 +131,11 @@ def test_weighted_draws_of_a_guide_that_is_too_wide_have_the_posteriors_mean_and
     check = checked(mean + 0.5 * covariance.diagonal().sqrt(), 2 * covariance, data)
     site, sd = check["w"], covariance.diagonal().sqrt()
     assert check.reliable and not site.agrees and "too wide" in site.verdict
-    assert not check.agrees and check.verdict.startswith("usable, with weights") and "off at 'w'" in check.verdict
+    assert (
+        not check.agrees
+        and check.verdict.startswith("usable, with weights")
+        and "off at 'w'" in check.verdict
+    )
     # Four standard errors of a mean and of a sd, by the effective size of the weights.
     error = 4 / check.effective_size**0.5
     assert ((site.weighted_mean - mean) / sd).abs().max() < error
