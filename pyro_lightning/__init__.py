@@ -4,13 +4,14 @@ from pyro_lightning.calibration import simulation_based_calibration
 from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.elbo import negative_elbo
-from pyro_lightning.guide_check import GuideCheck, SiteCheck
+from pyro_lightning.guide_check import GuideCheck
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.prediction import Prediction
 from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
+from pyro_lightning.site_check import SiteCheck
 from pyro_lightning.site_table import SiteTable
 from pyro_lightning.sizes import batch_weight, dataset_size_of, mean_batch_size
 from pyro_lightning.uniformity import CalibrationCheck, RankCheck
@@ -19,8 +20,8 @@ from pyro_lightning.watched import FailedBatch
 __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
-    "DataPlateMessenger",
     "CalibrationCheck",
+    "DataPlateMessenger",
     "FailedBatch",
     "GuideCheck",
     "IndexedBatch",
@@ -28,9 +29,9 @@ __all__ = [
     "Prediction",
     "PredictionWriter",
     "PyroSVIModule",
+    "RankCheck",
     "RowAdam",
     "RowAdamW",
-    "RankCheck",
     "SiteCheck",
     "SiteTable",
     "batch_weight",

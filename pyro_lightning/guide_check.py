@@ -2,116 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite, log, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyro_lightning.arguments import read_count
 from pyro_lightning.log_weights import LogWeights, compute_log_weights
-from pyro_lightning.psis import LEAST_DRAWS, REFERENCE, Smoothed, smooth, verdict
+from pyro_lightning.psis import LEAST_DRAWS, REFERENCE, smooth, verdict
+from pyro_lightning.site_check import HEADINGS, SiteCheck, compare
 from pyro_lightning.text_tables import rich_table, text_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = (
-    "site",
-    "entry",
-    "guide mean",
-    "guide sd",
-    "weighted mean",
-    "weighted sd",
-    "shift",
-    "sd ratio",
-    "verdict",
-)
-_SHIFT, _RATIO = 0.2, 1.25  # sds and times sd from which on a difference matters
-_ERRORS = 3.0  # standard errors from which on it is none of chance
 LARGEST_ERROR = 0.5  # nats of a log weight, beyond which k-hat is that of the error
-
-
-@dataclass(frozen=True)
-class SiteCheck:
-    r"""The guide's marginal of a global latent, against its importance-weighted draws.
-
-    Attributes:
-        name: Name of the site.
-        guide_mean: Mean of the draws of the guide, of the site's shape.
-        guide_sd: Their sd.
-        weighted_mean: Mean of the draws by their smoothed weights: an estimate of the posterior's.
-        weighted_sd: Their sd by these weights.
-        effective_size: How many draws the weighted ones are worth.
-        reliable: Whether k-hat lets the weighted draws be relied on.
-    """
-
-    name: str
-    guide_mean: torch.Tensor
-    guide_sd: torch.Tensor
-    weighted_mean: torch.Tensor
-    weighted_sd: torch.Tensor
-    effective_size: float
-    reliable: bool = True
-
-    @property
-    def shift(self) -> torch.Tensor:
-        """How far the guide's mean is off, in weighted sds."""
-        return (self.guide_mean - self.weighted_mean) / self.weighted_sd
-
-    @property
-    def sd_ratio(self) -> torch.Tensor:
-        """The guide's sd over the weighted one: below 1 where the guide is too narrow."""
-        return self.guide_sd / self.weighted_sd
-
-    @property
-    def _least(self) -> tuple[float, float]:
-        """Shift, and logarithm of the sd's ratio, from which on they say something."""
-        error = self.effective_size**-0.5
-        return max(_SHIFT, _ERRORS * error), max(log(_RATIO), _ERRORS * error * 0.5**0.5)
-
-    @property
-    def worst(self) -> tuple[int, ...]:
-        """The entry that is furthest off."""
-        shift, ratio = self._least
-        off = torch.maximum(self.shift.abs() / shift, self.sd_ratio.log().abs() / ratio)
-        place = int(off.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())
-        return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), off.shape))
-
-    @property
-    def agrees(self) -> bool:
-        """Whether mean and sd of all entries are as the weighted draws have them."""
-        return self.verdict == "agrees"
-
-    @property
-    def verdict(self) -> str:
-        """What is wrong with the entry that is furthest off, in words."""
-        if not self.guide_sd.any():
-            return "a point"
-        shift, ratio = float(self.shift[self.worst]), float(self.sd_ratio[self.worst])
-        if not isfinite(ratio):  # one draw has all the weight
-            return "cannot tell"
-        least_shift, least_ratio = self._least
-        said = []
-        if abs(shift) > least_shift:
-            said.append(f"too {'high' if shift > 0 else 'low'} by {abs(shift):.2g} sd")
-        if abs(log(ratio)) > least_ratio:
-            said.append(f"too {'wide' if ratio > 1 else 'narrow'}: {ratio:.2g} of the sd")
-        return ", ".join(said) or ("agrees" if self.reliable else "cannot tell")
-
-    def cells(self) -> tuple[str, ...]:
-        """What is printed of each attribute, of the entry that is furthest off."""
-        at = self.worst
-        numbers = (
-            self.guide_mean,
-            self.guide_sd,
-            self.weighted_mean,
-            self.weighted_sd,
-            self.shift,
-            self.sd_ratio,
-        )
-        entry = ", ".join(map(str, at)) or "-"
-        cells = (f"{float(each[at]):.4g}" for each in numbers)
-        return (self.name, entry, *cells, self.verdict)
 
 
 @dataclass(frozen=True)
@@ -232,7 +137,7 @@ class GuideCheck:
         ]
 
     def __str__(self) -> str:
-        table = text_table(_HEADINGS, [site.cells() for site in self.sites])
+        table = text_table(HEADINGS, [site.cells() for site in self.sites])
         return "\n".join([table, *self._lines()])
 
     __repr__ = __str__
@@ -240,7 +145,7 @@ class GuideCheck:
     def __rich__(self) -> "Table":
         """Render as a table of rich: ``rich.print(check)``."""
         cells = [site.cells() for site in self.sites]
-        return rich_table(_HEADINGS, cells, "\n".join(self._lines()))
+        return rich_table(HEADINGS, cells, "\n".join(self._lines()))
 
 
 def check_guide(
@@ -277,7 +182,7 @@ def judge(found: LogWeights) -> GuideCheck:
     smoothed = smooth(found.log_weights)
     reliable = is_reliable(smoothed.k, len(smoothed.weights), found.standard_error)
     sites = tuple(
-        _compare(name, draw, smoothed, reliable)
+        compare(name, draw, smoothed, reliable)
         for name, draw in found.draws.items()
         if prod(draw.shape)
     )
@@ -295,19 +200,3 @@ def judge(found: LogWeights) -> GuideCheck:
 def is_reliable(k: float, num_samples: int, standard_error: float) -> bool:
     """Whether draws with weights of this k-hat, known with this error in nats, can be relied on."""
     return standard_error <= LARGEST_ERROR and verdict(k, num_samples)[0]
-
-
-def _compare(name: str, draws: torch.Tensor, smoothed: Smoothed, reliable: bool) -> SiteCheck:
-    values = draws.detach().double().cpu()
-    weights = smoothed.weights.reshape(-1, *[1] * (values.dim() - 1))
-    points = (values == values[0]).all(0)
-    mean = torch.where(points, values[0], (weights * values).sum(0))
-    return SiteCheck(
-        name=name,
-        guide_mean=torch.where(points, values[0], values.mean(0)),
-        guide_sd=values.std(0, correction=0).masked_fill(points, 0.0),
-        weighted_mean=mean,
-        weighted_sd=(weights * (values - mean).square()).sum(0).sqrt(),
-        effective_size=smoothed.effective_size,
-        reliable=reliable,
-    )

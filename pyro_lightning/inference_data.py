@@ -90,9 +90,9 @@ def collect_groups(
                 for name, tensor in variables.items():
                     found[group].setdefault(name, []).append(tensor.cpu())
     made: Groups = {}
-    for group, variables in found.items():
+    for group, listed in found.items():
         dim = 0 if group in _OF_DATA else 1
-        made[group] = {name: _array(torch.cat(each, dim)) for name, each in variables.items()}
+        made[group] = {name: _array(torch.cat(each, dim)) for name, each in listed.items()}
     if "posterior" in groups:
         made["posterior"].update({name: _array(each) for name, each in posterior.items()})
     if "prior" in groups:
@@ -146,14 +146,14 @@ class _Parts:
 
     def _draws(self, batch: Any) -> dict[str, torch.Tensor]:
         """Draw latents of rows and what depends on them together."""
-        module, shared, options = self.module, self.shared, {"parallel": self.parallel}
+        module, shared, parallel = self.module, self.shared, self.parallel
         if not self.local:
-            return predictive_draws(module, batch, *shared, **options)
+            return predictive_draws(module, batch, *shared, parallel=parallel)
         if self.predicted is None:
             few = {name: draws[:1] for name, draws in shared[0].items()}
             self.predicted = list(predictive_draws(module, batch, few, 1))
         sites = [*self.local, *self.predicted]
-        return predictive_draws(module, batch, *shared, sites=sites, **options)
+        return predictive_draws(module, batch, *shared, sites=sites, parallel=parallel)
 
 
 def _constant(data: Any, seen: Mapping[str, torch.Tensor], module: Any) -> dict[str, torch.Tensor]:
