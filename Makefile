@@ -14,7 +14,7 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pyro_lightning
 	$(MAKE) examples
-	$(BIN)/python -m pytest --doctest-modules pyro_lightning tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --doctest-modules pyro_lightning tests
 
 # Every example with tiny arguments: they run, the figures mean nothing.
 examples: .venv/test

@@ -36,7 +36,9 @@ def stage_loader(trainer: Trainer, stage: str) -> Any:
         "predict": trainer.predict_loop,
     }
     source = loops[stage]._data_source
-    return source.dataloader() if source.is_defined() else None
+    loader = source.dataloader() if source.is_defined() else None
+    # Which is its own iterator; it would forget a place that it had.
+    return loader.iterables if isinstance(loader, CombinedLoader) else loader
 
 
 def loses_new_parameters(trainer: Trainer) -> bool:
@@ -233,6 +235,17 @@ def settle_progress(loops: dict[str, Any]) -> Progress:
 
 def _set_all(tracker: dict[str, int], value: int) -> None:
     tracker.update(dict.fromkeys(tracker, value))
+
+
+def loaded_in_epoch(trainer: Trainer) -> int | None:
+    """In which epoch the training loaders were made, which tells when they are made anew."""
+    epoch = trainer.fit_loop._last_train_dl_reload_epoch
+    return int(epoch) if epoch >= 0 else None  # minus infinity before they are made
+
+
+def set_loaded_in_epoch(trainer: Trainer, epoch: int) -> None:
+    """Have training loaders made anew as if they were made in an epoch."""
+    trainer.fit_loop._last_train_dl_reload_epoch = epoch
 
 
 def put_loaders(trainer: Trainer, loaders: list[Any]) -> None:

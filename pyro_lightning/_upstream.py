@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from pyro.infer.util import Dice
 from pyro.poutine import runtime
 from pyro.util import warn_if_nan
@@ -157,3 +158,9 @@ def came_from_worker(error: Exception) -> bool:
     """
     message = str(error.args[0]) if error.args else ""
     return message.startswith("Caught ") and " in DataLoader worker process " in message
+
+
+def mask_of_distribution(fn: MaskedDistribution) -> bool | torch.Tensor:
+    """Return the mask that a distribution was given by ``.mask``."""
+    mask: bool | torch.Tensor = fn._mask
+    return mask

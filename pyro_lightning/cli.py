@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.stored_arguments import OwnArguments
 
 
 def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> Any:
@@ -32,7 +33,10 @@ def main(args: Sequence[str] | Mapping[str, Any] | None = None) -> Any:
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
 
-    return LightningCLI(
+    class CommandLine(OwnArguments, LightningCLI):
+        """``LightningCLI`` that makes nothing of what a checkpoint says."""
+
+    return CommandLine(
         PyroSVIModule,
         LightningDataModule,
         subclass_mode_model=True,

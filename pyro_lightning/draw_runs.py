@@ -1,6 +1,7 @@
 """Model or guide run for many draws of its latents: one run a draw, or one in an outer plate."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ Run = Callable[[], Any]
 Sites = dict[str, Any]
 
 TRIED_DRAWS = 3  # few, and seldom the size of something else
-_PLATE = "_num_draws"
+DRAWS = "_num_draws"  # name of the outer plate
 
 
 class GivenMessenger(Messenger):
@@ -190,18 +191,29 @@ class ManyRuns:
             }
         found: dict[str, list[torch.Tensor]] = {name: [] for name in layouts}
         for draw in range(count):
-            sites = sites_of_run(self.run, self.given(_draw(values, draw)))
+            sites = sites_of_run(self.run, self.given(draw_of(values, draw)))
             for name, layout in layouts.items():
                 found[name].append(reader(sites[name]).expand(layout.shape))
         return {name: torch.stack(each) for name, each in found.items()}
 
     def _at_once(self, values: Mapping[str, torch.Tensor], count: int) -> Sites:
+        with self.several(values, count) as given:
+            return sites_of_run(self.run, given)
+
+    @contextmanager
+    def several(self, values: Mapping[str, torch.Tensor], count: int) -> Iterator[Messenger]:
+        """Run within, in an outer plate, what is under the handler that this yields.
+
+        Args:
+            values: Values that are given, ``(S, *shape of the site)``.
+            count: S.
+        """
         padded = {
             name: _layout(draws, self.event_dims[name]).padded(draws, self.nesting)
             for name, draws in values.items()
         }
-        with pyro.plate(_PLATE, count, dim=-1 - self.nesting):
-            return sites_of_run(self.run, self.given(padded))
+        with pyro.plate(DRAWS, count, dim=-1 - self.nesting):
+            yield self.given(padded)
 
     def why_not_at_once(self, values: Mapping[str, torch.Tensor]) -> str | None:
         """Say why one run in an outer plate is not one run for each draw; None where it is.
@@ -213,7 +225,9 @@ class ManyRuns:
             values: Values that are given, ``(S, *shape of the site)``, a few draws.
         """
         count = TRIED_DRAWS
-        looped = [sites_of_run(self.run, self.given(_draw(values, draw))) for draw in range(count)]
+        looped = [
+            sites_of_run(self.run, self.given(draw_of(values, draw))) for draw in range(count)
+        ]
         first = looped[0]
         if any(sites.keys() != first.keys() for sites in looped):
             return "its sites are not the same in all draws"
@@ -260,7 +274,8 @@ def _layout(draws: torch.Tensor, event_dim: int) -> Layout:
     return Layout(draws[0], event_dim)
 
 
-def _draw(values: Mapping[str, torch.Tensor], draw: int) -> dict[str, torch.Tensor]:
+def draw_of(values: Mapping[str, torch.Tensor], draw: int) -> dict[str, torch.Tensor]:
+    """Take the values of one draw."""
     return {name: value[draw] for name, value in values.items()}
 
 

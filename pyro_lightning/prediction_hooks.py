@@ -1,7 +1,6 @@
 """Lightning's side of prediction: one set of global draws for all batches and processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ class PredictionRun:
         seed: What all its random numbers follow from.
         posterior: Draws of the global latents.
         parallel: Whether draws are run at once; None until the first batch has told.
+        tried: Whether this was tried.
         warned: Whether it was said that latents come from the prior.
     """
 
@@ -40,6 +40,7 @@ class PredictionRun:
         self.settings = settings
         self.seed = seed
         self.parallel = settings.parallel
+        self.tried = False
         self.warned = settings.local == "prior"
         with noise_from(seed, module.device, module._draws_in_python):
             self.posterior = global_draws(module, settings.num_samples)
@@ -52,6 +53,7 @@ class PredictionRun:
         with noise_from(seed, module.device, module._draws_in_python):
             if self.parallel is None:
                 self.parallel = draws_vectorise(module, batch, *shared, local=settings.local)
+                self.tried = True
             draws = predictive_draws(
                 module,
                 batch,
@@ -59,8 +61,10 @@ class PredictionRun:
                 sites=settings.sites,
                 chunk_size=settings.chunk_size,
                 parallel=self.parallel,
+                tried=self.tried,
                 local=settings.local,
             )
+            self.tried = True
         return {name: settings.kept(each) for name, each in draws.items()}
 
     def _tell_of_prior(self, module: Any, batch: Any) -> None:
@@ -135,26 +139,21 @@ class Predictions(Checkpoints):
             ``(num_samples, B, *other plates, *event)`` by site, or
             ``(len(summary), B, *other plates, *event)``; nothing for a batch of repeats alone.
         """
-        run = self._prediction_run
-        trainer, rank = self._trainer, 0
-        if trainer is not None and trainer.predicting:
-            rank = trainer.global_rank
-            if run is None:
-                raise RuntimeError(
-                    "on_predict_start of this subclass leaves out what prediction needs: let it "
-                    "call super().on_predict_start()"
-                )
-        if run is None:
+        trainer, run = self._trainer, self._prediction_run
+        if trainer is None or not trainer.predicting:
             settings = self.prediction
             seed = drawn_seed() if settings.seed is None else settings.seed
-            run = PredictionRun(self, settings, seed)
-        inside = trainer is not None and trainer.predicting
-        told = InHand(self, "prediction", batch, batch_idx, dataloader_idx)
-        with told if inside else nullcontext():
+            return PredictionRun(self, settings, seed).of_batch(self, batch, 0, 0, batch_idx)
+        if run is None:
+            raise RuntimeError(
+                "on_predict_start of this subclass leaves out what prediction needs: let it call "
+                "super().on_predict_start()"
+            )
+        with InHand(self, "prediction", batch, batch_idx, dataloader_idx):
             batch, rows = self._without_repeats(batch, batch_idx, dataloader_idx)
             if not rows:
                 return {}
-            return run.of_batch(self, batch, rank, dataloader_idx, batch_idx)
+            return run.of_batch(self, batch, trainer.global_rank, dataloader_idx, batch_idx)
 
     # -- log-likelihood ------------------------------------------------------------------------
 
@@ -236,12 +235,12 @@ class Predictions(Checkpoints):
         shared = global_draws(self, num_samples) if posterior is None else posterior
         if shared:
             num_samples = len(next(iter(shared.values())))
+        how: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
         for batch in self._batches_of(data):
-            if parallel is None:
-                parallel = draws_vectorise(self, batch, shared, num_samples)
-            yield log_likelihood_of(
-                self, batch, shared, num_samples, chunk_size=chunk_size, parallel=parallel
-            )
+            if how["parallel"] is None:
+                how.update(parallel=draws_vectorise(self, batch, shared, num_samples), tried=True)
+            yield log_likelihood_of(self, batch, shared, num_samples, **how)
+            how["tried"] = True
 
     def _batches_of(self, data: Any) -> Iterator[Any]:
         """Go through batches on the device; of a datamodule through its training rows, in order."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pyro_lightning.arguments import read_choice, read_count
+from pyro_lightning.batch_runs import Draws, HowToRun, Ready
 from pyro_lightning.draw_runs import (
     Sites,
     is_observation,
@@ -13,7 +14,8 @@ from pyro_lightning.draw_runs import (
     value_of,
 )
 from pyro_lightning.plates import read_names
-from pyro_lightning.prepared import Draws, Ready, local_sites, prepared
+from pyro_lightning.prepared import local_sites, prepared
+from pyro_lightning.summed_out import is_summed_out, summed_log_likelihood
 
 LOCAL = ("guide", "prior")
 
@@ -47,6 +49,7 @@ def predictive_draws(
     sites: str | Sequence[str] | None = None,
     chunk_size: int | None = None,
     parallel: bool | None = None,
+    tried: bool = False,
     local: str = "guide",
 ) -> dict[str, torch.Tensor]:
     r"""Draw sites in the data plate from the posterior predictive distribution of a batch.
@@ -71,6 +74,7 @@ def predictive_draws(
         parallel: Whether one run of model and guide, in an outer plate, serves all draws of a
             chunk. None does so where this gives what a run for each draw does, which is tried on
             three draws.
+        tried: Whether ``parallel`` is what :func:`draws_vectorise` has found.
         local: ``"guide"``; or ``"prior"`` for latents of rows from the prior given the globals, as
             for new rows that lack what the guide reads.
 
@@ -96,11 +100,11 @@ def predictive_draws(
 
     Source: ``pyro.infer.Predictive``.
     """
-    chunk_size, local = _read_options(chunk_size, local)
+    how, local = HowToRun(_read_size(chunk_size), parallel, tried), _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=True) as ready:
         names = _sites_to_draw(ready, read_names(sites, "sites"))
         wanted = {name: ready.of_rows(ready.sites[name], value_of) for name in names}
-        return ready.read(value_of, wanted, chunk_size, parallel)
+        return ready.read(value_of, wanted, how)
 
 
 def log_likelihood_of(
@@ -111,6 +115,7 @@ def log_likelihood_of(
     *,
     chunk_size: int | None = None,
     parallel: bool | None = None,
+    tried: bool = False,
     local: str = "guide",
 ) -> dict[str, torch.Tensor]:
     r"""Compute the log-likelihood of each row of a batch, for draws of the latents.
@@ -128,6 +133,7 @@ def log_likelihood_of(
         num_samples: S, needed where there are none.
         chunk_size: As in :func:`predictive_draws`.
         parallel: As in :func:`predictive_draws`.
+        tried: As in :func:`predictive_draws`.
         local: As in :func:`predictive_draws`.
 
     Returns:
@@ -138,11 +144,13 @@ def log_likelihood_of(
 
     Source: the group ``log_likelihood`` of ArviZ's schema.
     """
-    chunk_size, local = _read_options(chunk_size, local)
+    how, local = HowToRun(_read_size(chunk_size), parallel, tried), _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
-        _refuse_summed_out(ready)
-        wanted = {name: ready.of_rows(s, log_prob_of) for name, s in _observed(ready).items()}
-        return ready.read(log_prob_of, wanted, chunk_size, parallel)
+        observed = _observed(ready)
+        if is_summed_out(ready):
+            return summed_log_likelihood(ready, observed, how)
+        wanted = {name: ready.of_rows(site, log_prob_of) for name, site in observed.items()}
+        return ready.read(log_prob_of, wanted, how)
 
 
 def observed_values(
@@ -181,7 +189,7 @@ def draws_vectorise(
     """Whether one run of guide and model, in an outer plate, serves several draws of a batch.
 
     It is tried on three draws, by runs in both ways with equal values at all sites. What is found
-    can be handed on as ``parallel``, so that it is not tried anew on each batch.
+    can be handed on as ``parallel``, with ``tried=True``, so that it is not tried on each batch.
 
     Args:
         module: A ``PyroSVIModule`` whose guide has parameters.
@@ -190,15 +198,18 @@ def draws_vectorise(
         num_samples: Their number, needed where there are none.
         local: As in :func:`predictive_draws`.
     """
-    _, local = _read_options(None, local)
+    local = _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=True) as ready:
         return ready.why_not_at_once() is None
 
 
-def _read_options(chunk_size: int | None, local: str) -> tuple[int | None, str]:
-    if chunk_size is not None:
-        chunk_size = read_count(chunk_size, "chunk_size")
-    return chunk_size, read_choice(local, "local", LOCAL)
+def _read_size(chunk_size: int | None) -> int | None:
+    return None if chunk_size is None else read_count(chunk_size, "chunk_size")
+
+
+def _read_local(local: str) -> str:
+    choice: str = read_choice(local, "local", LOCAL)
+    return choice
 
 
 def _sites_to_draw(ready: Ready, asked: tuple[str, ...]) -> list[str]:
@@ -235,13 +246,3 @@ def _observed(ready: Ready) -> Sites:
             "nothing is observed in this batch: hand over what the model observes in its data plate"
         )
     return found
-
-
-def _refuse_summed_out(ready: Ready) -> None:
-    """Refuse latents that the ELBO sums out, of which one draw is no marginal likelihood."""
-    for name, site in ready.sites.items():
-        if site["infer"].get("enumerate") and name not in ready.latents:
-            raise ValueError(
-                f"latent site '{name}' is summed out by the ELBO, and has no draws that a "
-                "likelihood of each row could be given"
-            )

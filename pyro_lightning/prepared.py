@@ -1,20 +1,19 @@
 """A batch made ready for runs of guide and model with many draws of the latents."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from pyro_lightning.batch_runs import Draws, Ready
 from pyro_lightning.draw_runs import (
-    TRIED_DRAWS,
     GivenMessenger,
     Layout,
     ManyRuns,
     Run,
     Sites,
-    event_dim_of,
     is_observation,
     is_statement_of_value,
     nesting_of,
@@ -27,151 +26,6 @@ from pyro_lightning.posterior import stands_in
 from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 from pyro_lightning.states import preserved_buffers
-
-Draws = Mapping[str, torch.Tensor]
-
-_AT_ONCE = 2**18  # draws times rows that are run together: more of them are no faster
-
-
-class OfRows(NamedTuple):
-    """How what is read of a site of rows is laid out.
-
-    Attributes:
-        layout: In the run of one draw.
-        dim: The dimension of the rows there, from the left.
-    """
-
-    layout: Layout
-    dim: int
-
-
-class Ready(NamedTuple):
-    """A batch whose guide and model can be run.
-
-    Attributes:
-        rows: B.
-        num_samples: S.
-        plates: Names of the plates over rows.
-        unplated: Names of sites outside them that are of rows, too; None for all observed ones.
-        latents: Names of the latents of the guide.
-        posterior: Draws of the global latents.
-        local: Layouts of the latents that the guide draws for this batch.
-        guide: Runs the guide; None where it draws nothing more.
-        model: Runs the model.
-        sites: The sites of one run of the model.
-    """
-
-    rows: int
-    num_samples: int
-    plates: frozenset[str]
-    unplated: frozenset[str] | None
-    latents: frozenset[str]
-    posterior: Draws
-    local: Mapping[str, Layout]
-    guide: ManyRuns | None
-    model: ManyRuns
-    sites: Sites
-
-    def is_of_rows(self, site: Any) -> bool:
-        """Whether a site has a value of each row."""
-        if stands_in(site, self.plates):
-            return True
-        if self.unplated is None:
-            return site["name"] not in self.latents and not is_statement_of_value(site)
-        return site["name"] in self.unplated
-
-    def of_rows(self, site: Any, reader: Callable[[Any], torch.Tensor]) -> OfRows:
-        """Find the rows in what is read of a site.
-
-        Raises:
-            ValueError: Where they have no dimension.
-        """
-        tensor, name = reader(site), site["name"]
-        event_dim = event_dim_of(site) if reader is value_of else 0
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name in self.plates]
-        if not frames:
-            found = [at for at, size in enumerate(tensor.shape) if size == self.rows]
-            if len(found) != 1:
-                raise ValueError(
-                    f"site '{name}' stands in no data plate, and of its shape "
-                    f"{tuple(tensor.shape)} it cannot be told which dimension is that of the "
-                    f"B = {self.rows} rows: let it stand in pyro.plate('data', len(x))"
-                )
-            return OfRows(Layout(tensor, event_dim), found[0])
-        dim = frames[0].dim
-        if dim is None:
-            raise ValueError(
-                f"site '{name}' stands in the sequential plate '{frames[0].name}' (`for ... in "
-                f"pyro.plate(...)`), where each row is a site of its own: write `with "
-                f"pyro.plate('{frames[0].name}', ...):`"
-            )
-        # A value that all rows share has no dimension of theirs.
-        missing = max(0, event_dim - dim - tensor.dim())
-        shape = [1] * missing + list(tensor.shape)
-        at = len(shape) - event_dim + dim
-        shape[at] = self.rows
-        return OfRows(Layout(tensor.expand(shape), event_dim), at)
-
-    def read(
-        self,
-        reader: Callable[[Any], torch.Tensor],
-        wanted: Mapping[str, OfRows],
-        chunk_size: int | None,
-        parallel: bool | None,
-    ) -> dict[str, torch.Tensor]:
-        """Read something of sites of rows, for all draws.
-
-        Args:
-            reader: Reads the message of a site.
-            wanted: How that is laid out, by site.
-            chunk_size: How many draws are run together; None for as many as are fast.
-            parallel: Whether these are one run; None where that gives the same.
-
-        Returns:
-            ``(S, B, ...)`` by site.
-        """
-        chunk = max(1, _AT_ONCE // self.rows) if chunk_size is None else chunk_size
-        at_once = self._at_once(parallel, min(chunk, self.num_samples))
-        layouts = {name: place.layout for name, place in wanted.items()}
-        result: dict[str, torch.Tensor] = {}
-        for start in range(0, self.num_samples, chunk):
-            draws = {name: each[start : start + chunk] for name, each in self.posterior.items()}
-            count = min(chunk, self.num_samples - start)
-            if self.guide is not None:
-                local = self.guide.read(value_of, self.local, draws, count, at_once)
-                draws = {**draws, **local}
-            found = self.model.read(reader, layouts, draws, count, at_once)
-            for name, each in found.items():
-                each = each.movedim(1 + wanted[name].dim, 1)
-                if name not in result:
-                    result[name] = each.new_empty((self.num_samples, *each.shape[1:]))
-                result[name][start : start + count] = each
-        return result
-
-    def _at_once(self, parallel: bool | None, chunk: int) -> bool:
-        if parallel is False or (parallel is None and chunk == 1):
-            return False
-        why = self.why_not_at_once()
-        if why is not None and parallel:
-            raise ValueError(
-                f"parallel=True, but model and guide cannot be run for several draws at once: "
-                f"{why}. In an outer plate latents have dimensions more on the left, so that x @ w "
-                "must be (x * w).sum(-1), and w[0] must be w[..., 0]. Or leave parallel out: each "
-                "draw is then a run."
-            )
-        return why is None
-
-    def why_not_at_once(self) -> str | None:
-        """Say why one run of guide and model does not serve several draws; None where it does."""
-        few = torch.arange(TRIED_DRAWS) % self.num_samples
-        draws = {name: each[few.to(each.device)] for name, each in self.posterior.items()}
-        if self.guide is not None:
-            why = self.guide.why_not_at_once(draws)
-            if why is not None:
-                return f"guide, {why}"
-            local = self.guide.read(value_of, self.local, draws, TRIED_DRAWS, False)
-            draws = {**draws, **local}
-        return self.model.why_not_at_once(draws)
 
 
 @contextmanager
@@ -236,6 +90,7 @@ def prepared(
         with _told("model", module, data):
             in_model = sites_of_run(bare(module.model), given(values))
         nesting = nesting_of(in_guide, in_model)
+        # Model and guide agree about them, or Pyro refuses the two.
         event_dims = {name: _event_dim(site) for name, site in {**in_guide, **in_model}.items()}
         event_dims = {**dict.fromkeys(posterior, 0), **event_dims}
         ready = Ready(
@@ -318,7 +173,7 @@ def _with_rows_that_trained(module: Any, batch: Any) -> tuple[Any, torch.Tensor 
 def _mask_of_rows(site: Any, seen: torch.Tensor, plates: frozenset[str]) -> torch.Tensor:
     """Shape a mask of rows as the value of a site is."""
     dim = next(f.dim for f in site["cond_indep_stack"] if f.name in plates)
-    return seen.reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
+    return seen.to(site["value"].device).reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
 
 
 def _event_dim(site: Any) -> int:

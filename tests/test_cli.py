@@ -133,6 +133,7 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
         "steps_per_batch",
         "save_example",
         "bad_batches",
+        "metrics",
         "prediction",
     } == set(shown)
 

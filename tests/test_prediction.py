@@ -171,8 +171,11 @@ def test_settings_survive_copies_and_pickles():
         assert again.prediction == svi.prediction == Prediction(7, sites="x")
 
 
-def test_each_call_of_predict_step_by_hand_stands_alone():
+@pytest.mark.parametrize("after_a_trainer", [False, True])
+def test_each_call_of_predict_step_by_hand_stands_alone(after_a_trainer):
     svi = known(prediction={"num_samples": 3})
+    if after_a_trainer:
+        quiet_trainer().predict(svi, loader(1))
     one, two = svi.predict_step(X[:4]), svi.predict_step(X[:4])
     assert one["x"].shape == (3, 4)
     assert not torch.equal(one["x"], two["x"])
@@ -247,6 +250,20 @@ def test_rows_of_the_fit_have_their_own_latents():
     found = quiet_trainer().predict(svi, DataLoader(rows, batch_size=64))
     for site in ("z", "y"):
         assert (joined(found, site)[0] - 10 * torch.arange(N)).abs().max() < 0.01
+
+
+@no_validation
+def test_rows_of_a_module_from_a_checkpoint_have_their_own_latents(tmp_path):
+    rows = IndexedDataset(X)
+    svi = fitted_rows(DataLoader(rows, batch_size=50))
+    trainer = quiet_trainer()
+    trainer.strategy.connect(svi)
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    loaded = PyroSVIModule.load_from_checkpoint(
+        tmp_path / "fit.ckpt", model=with_local, prediction=svi.prediction
+    )
+    found = quiet_trainer().predict(loaded, DataLoader(IndexedDataset(X), batch_size=64))
+    assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
 
 
 @no_validation

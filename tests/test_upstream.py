@@ -29,6 +29,7 @@ from pyro_lightning._upstream import (
     has_step_hooks,
     hook_tables,
     make_graph,
+    mask_of_distribution,
     multiplied,
     open_records,
     traced_node,
@@ -56,6 +57,12 @@ def test_distributions_ask_whether_their_arguments_are_valid():
     with Asked() as asked:
         dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)
     assert asked.answers == [True, True]
+
+
+def test_a_masked_distribution_keeps_its_mask():
+    mask = torch.tensor([True, False])
+    assert mask_of_distribution(dist.Normal(torch.zeros(2), 1.0).mask(mask)) is mask
+    assert mask_of_distribution(dist.Normal(torch.zeros(2), 1.0).mask(False)) is False
 
 
 def test_distributions_ask_whether_a_value_is_valid():
