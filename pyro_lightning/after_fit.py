@@ -21,7 +21,9 @@ class AfterFit(Predictions):
         .. math:: w_s \propto p(\theta_s) \prod_{i=1}^{N} p(x_i \mid \theta_s) / q(\theta_s)
 
         Reads the data once, a batch at a time, and runs the model at S draws for each batch: S N/B
-        runs. For models of global latents; parameters of the model are taken as they are.
+        runs, or fewer where one serves several draws, as of ``(x * w).sum(-1)`` in place of
+        ``x @ w``. For models of global latents, and of discrete latents of rows that
+        ``TraceEnum_ELBO`` sums out; parameters of the model are taken as they are.
 
         Args:
             data: The datamodule that the module was trained on, which is set up, or a loader of its

@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions.util import scale_and_mask
 
-from pyro_lightning.draw_runs import GivenMessenger, Layout, Sites, sites_of_run
+from pyro_lightning.batch_runs import Draws, HowToRun, Ready
+from pyro_lightning.draw_runs import (
+    GivenMessenger,
+    Layout,
+    Sites,
+    is_observation,
+    sites_of_run,
+)
 from pyro_lightning.posterior import stands_in
-from pyro_lightning.prepared import Ready, prepared
+from pyro_lightning.prepared import prepared
 from pyro_lightning.rows import data_of
+from pyro_lightning.summed_out import is_summed_out, summed_log_likelihood
 
 _LEAST_BATCHES = 4  # whose differences tell the standard error
-_AT_ONCE = 2**18  # draws times rows that are run together: more of them are no faster
 _Terms = tuple[torch.Tensor, torch.Tensor]  # outside and inside the data plate
 
 
@@ -100,22 +107,50 @@ class LogJoint:
     def _rows(self, batch: Any) -> int:
         return int(self.module.num_rows(data_of(batch)))
 
-    def _at_draws(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _at_draws(self, batch: Any) -> _Terms:
         """Sum the terms outside and inside the data plate at each draw, unscaled."""
         with self._ready(batch) as ready:
             if self.at_once is None:
                 self.at_once = ready.why_not_at_once() is None
-            layouts = {n: Layout(terms_of(s), 0) for n, s in ready.sites.items() if _has_terms(s)}
-            sums = []
-            chunk = max(1, _AT_ONCE // ready.rows)
-            for start in range(0, self.count, chunk):
-                draws = {name: each[start : start + chunk] for name, each in self.draws.items()}
-                count = min(chunk, self.count - start)
-                terms = ready.model.read(terms_of, layouts, draws, count, self.at_once)
-                by_draw = {name: each.reshape(count, -1).sum(1) for name, each in terms.items()}
-                sums.append(self._parted(by_draw, ready))
-        outside, inside = zip(*sums, strict=True)
-        return torch.cat(outside), torch.cat(inside)
+            how = HowToRun(parallel=self.at_once, tried=True)
+            sites = {name: site for name, site in ready.sites.items() if _has_terms(site)}
+            summed: torch.Tensor | None = None
+            if is_summed_out(ready):
+                inside = {name: site for name, site in sites.items() if self._is_inside(site)}
+                rows = summed_log_likelihood(ready, self._of_summed(inside, ready), how)
+                summed = torch.stack([each.double().sum(1) for each in rows.values()]).sum(0).cpu()
+                sites = {name: site for name, site in sites.items() if name not in inside}
+            layouts = {name: Layout(terms_of(site), 0) for name, site in sites.items()}
+
+            def sums(draws: Draws, count: int, at_once: bool) -> dict[str, torch.Tensor]:
+                terms = ready.model.read(terms_of, layouts, draws, count, at_once)
+                return {name: each.reshape(count, -1).sum(1) for name, each in terms.items()}
+
+            parted = self._parted(ready.in_chunks(sums, how), ready)
+            return parted if summed is None else (parted[0], summed)
+
+    def _is_inside(self, site: Any) -> bool:
+        module = self.module
+        return stands_in(site, module._data_plates) or site["name"] in module._scale_sites
+
+    def _of_summed(self, inside: Sites, ready: Ready) -> Sites:
+        """Return the observed sites of a model whose latents of rows are summed out."""
+        seen = {name: site for name, site in inside.items() if is_observation(site)}
+        scale = self.module._known_size() / ready.rows
+        for name, site in inside.items():
+            if site["is_observed"] and name not in seen:
+                raise ValueError(
+                    f"'{name}' is a pyro.factor in the data plate of a model whose latents are "
+                    "summed out: weights of its draws are not computed"
+                )
+            # The likelihoods of rows come without scales of the model's own.
+            own = torch.as_tensor(site["scale"], dtype=torch.double).cpu()
+            if not torch.allclose(own, torch.full_like(own, scale)):
+                raise ValueError(
+                    f"site '{name}' has a scale of its own, and latents are summed out: weights of "
+                    "draws of such a model are not computed"
+                )
+        return seen
 
     def _expansion(
         self, batch: Any, centre: Mapping[str, torch.Tensor]
@@ -123,6 +158,11 @@ class LogJoint:
         """Sum the terms inside the data plate at the centre; returns their gradient as well."""
         values = {name: value.clone().requires_grad_() for name, value in centre.items()}
         with self._ready(batch) as ready, torch.enable_grad():
+            if is_summed_out(ready):
+                raise ValueError(
+                    "max_rows needs gradients, which are not taken of a likelihood whose discrete "
+                    "latents are summed out: leave max_rows out"
+                )
             sites = sites_of_run(ready.model.run, GivenMessenger(values))
             sums = {name: terms_of(site).sum() for name, site in sites.items() if _has_terms(site)}
             _, inside = self._parted(sums, ready)
@@ -135,23 +175,21 @@ class LogJoint:
 
     def _parted(self, sums: Mapping[str, torch.Tensor], ready: Ready) -> _Terms:
         """Add up the sums of sites outside the data plate, and those of sites inside, unscaled."""
-        module = self.module
         zero = torch.zeros((), dtype=torch.double)
-        outside, inside = zero.expand(next(iter(sums.values())).shape), zero
-        plates, named = set(module._data_plates), module._scale_sites
+        outside, inside = zero, zero
         for name, total in sums.items():
-            if stands_in(ready.sites[name], plates) or name in named:
+            if self._is_inside(ready.sites[name]):
                 inside = inside + total.cpu()
             else:
                 outside = outside + total.cpu()
-        return outside, inside * (ready.rows / module._known_size())
+        return outside, inside * (ready.rows / self.module._known_size())
 
     @contextmanager
     def _ready(self, batch: Any) -> Iterator[Ready]:
         with prepared(self.module, batch, self.draws, None, "guide", unobserved=False) as ready:
-            undrawn = [name for name, site in ready.sites.items() if not site["is_observed"]]
-            if undrawn:
-                _refuse_undrawn(undrawn, ready.sites, set(self.module._data_plates))
+            for name, site in ready.sites.items():
+                if not (site["is_observed"] or site["infer"].get("enumerate") == "parallel"):
+                    refuse_local([name])
             yield ready
 
 
@@ -161,17 +199,8 @@ def refuse_local(names: Collection[str]) -> None:
         f"the latents {', '.join(map(repr, names))} stand in the data plate: the weight of a draw "
         "of the globals needs their integral for each row, and with a draw of them for each row "
         "the weights would be those of N more dimensions, whose k-hat is large for any guide. "
-        "Check such a model by its predictions and by simulation_based_calibration"
-    )
-
-
-def _refuse_undrawn(names: list[str], sites: Sites, plates: Collection[str]) -> None:
-    local = [name for name in names if stands_in(sites[name], plates)]
-    if local:
-        refuse_local(local)
-    raise ValueError(
-        f"the guide does not draw the latents {', '.join(map(repr, names))}, which the model sums "
-        "out: the weights of its other draws are not computed"
+        "Discrete ones can be summed out by TraceEnum_ELBO. Check such a model by its predictions "
+        "and by simulation_based_calibration"
     )
 
 

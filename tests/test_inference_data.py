@@ -230,19 +230,37 @@ def test_names_that_are_not_there_are_refused(options, match):
 
 def test_a_group_that_cannot_be_made_is_named():
     def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"x_{i}", dist.Normal(mu, 1.0), obs=x[i])
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    svi.loss(rows()[1][:3])
+    data = DataLoader(rows()[1], batch_size=3)
+    with pytest.raises(ValueError, match="group 'log_likelihood': site 'x_0' stands in the seque"):
+        svi.to_inference_data(data, 10, groups=["posterior", "log_likelihood"])
+    found = svi.to_inference_data(data, 10, groups=["posterior", "prior"])
+    assert found["posterior"]["mu"].shape == found["prior"]["mu"].shape == (1, 10)
+
+
+def test_likelihoods_sum_out_what_the_elbo_sums_out():
+    def model(x):
         locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(locs[k], 1.0), obs=x)
+            weights = torch.ones(2)
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            loc = torch.where(k == 0, locs[..., 0], locs[..., 1])
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    guide = AutoNormal(pyro.poutine.block(model, hide=["k"]))
-    svi = PyroSVIModule(model, guide, TraceEnum_ELBO(max_plate_nesting=1), dataset_size=N)
-    svi.loss(rows()[1])
-    data = ArrayDataModule(rows()[1])
-    with pytest.raises(ValueError, match="group 'log_likelihood': latent site 'k' is summed out"):
-        svi.to_inference_data(data, 10)
-    found = svi.to_inference_data(data, 10, groups=["posterior", "prior"])
-    assert found["posterior"]["locs"].shape == found["prior"]["locs"].shape == (1, 10, 2)
+    x = rows()[1]
+    guide = AutoNormal(pyro.poutine.block(model, expose=["locs"]))
+    svi = PyroSVIModule(model, guide, TraceEnum_ELBO(), dataset_size=N)
+    svi.loss(x)
+    found = svi.to_inference_data(ArrayDataModule(x, batch_size=15), 20)
+    locs = torch.from_numpy(found["posterior"]["locs"].values[0])
+    each = dist.Normal(locs[:, None], 1.0).log_prob(x[:, None])
+    expected = each.logsumexp(-1) - math.log(2)
+    np.testing.assert_allclose(found["log_likelihood"]["x"][0], expected, atol=1e-5)
 
 
 def test_an_inference_data_needs_arviz_before_1(monkeypatch):
