@@ -189,7 +189,7 @@ class Predictions(Checkpoints):
         Raises:
             RuntimeError: Before the first fit or loss.
             TypeError: For a batch in the place of several.
-            ValueError: When nothing is observed.
+            ValueError: When nothing is observed, or for a datamodule of several training loaders.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -246,7 +246,13 @@ class Predictions(Checkpoints):
         """Go through batches on the device; of a datamodule through its training rows, in order."""
         loader: Iterable[Any] = data
         if isinstance(data, LightningDataModule):
-            loader = rows_in_order(data.train_dataloader())
+            loaders = loaders_in(data.train_dataloader())
+            if len(loaders) != 1:
+                raise ValueError(
+                    f"the datamodule has {len(loaders)} training loaders: hand over the one of "
+                    "whose batches the log-likelihood is asked for"
+                )
+            loader = rows_in_order(loaders[0])
         elif isinstance(data, torch.Tensor | str | Mapping) or not hasattr(data, "__iter__"):
             raise TypeError(
                 "expected a loader or other iterable of batches, or a datamodule, got "

@@ -48,9 +48,14 @@ def prepared(
         unobserved: Whether observed sites are drawn.
 
     Raises:
+        RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
         ValueError: When it is not known how many draws there are, or for global latents that have
             none.
     """
+    if not module._initialised:
+        raise RuntimeError(
+            "the guide has no parameters yet: fit the module, or call loss(batch) once"
+        )
     own = local_sites(module) if local == "guide" else set()
     posterior = {n: d.detach() for n, d in posterior.items() if n not in local_sites(module)}
     count = _count_draws(posterior, num_samples)

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from pyro.infer.autoguide import AutoNormal
 from support import no_validation, normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -60,6 +61,7 @@ def test_a_total_over_the_data_set_has_the_same_sd_for_any_split(batches):
 
 def test_draws_of_different_rows_have_noise_of_their_own():
     svi = known(prediction={"num_samples": 10})
+    torch.manual_seed(0)  # under another one two of them may be equal in single precision
     draws = joined(quiet_trainer().predict(svi, loader(50)))
     assert len(draws.unique()) == 10 * N
 
@@ -337,6 +339,21 @@ def test_log_likelihoods_of_rows_of_a_fit_have_their_latents():
 def test_one_batch_in_the_place_of_several_is_refused():
     with pytest.raises(TypeError, match=r"of one batch make \[batch\]"):
         known().log_likelihood(X)
+
+
+def test_a_datamodule_of_several_training_loaders_is_refused():
+    class Two(LightningDataModule):
+        def train_dataloader(self):
+            return {"a": loader(1), "b": loader(2)}
+
+    with pytest.raises(ValueError, match="has 2 training loaders: hand over the one"):
+        known().log_likelihood(Two())
+
+
+def test_log_likelihoods_before_a_fit_are_refused():
+    svi = PyroSVIModule(mean_only, dataset_size=N)
+    with pytest.raises(RuntimeError, match="the guide has no parameters yet"):
+        svi.log_likelihood([X], posterior={"mu": torch.zeros(3)})
 
 
 # -- settings ------------------------------------------------------------------------------------
