@@ -10,6 +10,7 @@ from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+from pyro_lightning.after_fit import AfterFit
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
@@ -23,7 +24,6 @@ from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, read_prediction
-from pyro_lightning.prediction_hooks import Predictions
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
@@ -33,7 +33,7 @@ from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Predictions):
+class PyroSVIModule(AfterFit):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
