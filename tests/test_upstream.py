@@ -3,6 +3,9 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.util import warn_if_nan
 from torch import _inductor
 from torch.fx.experimental import proxy_tensor
@@ -18,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_lightning._upstream import (
     answer_to_check,
+    class_made_by,
     compile_graph,
     copy_all,
     handlers_around,
@@ -265,3 +270,20 @@ def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RuntimeError, match="PytorchStreamReader"):
         open_records(str(path))
+
+
+def test_a_class_path_with_arguments_left_is_a_partial_that_names_the_class():
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--guide", type=Callable[[Any], AutoGuide])
+    found = parser.parse_args(["--guide=AutoNormal", "--guide.init_scale=0.5"])
+    factory = parser.instantiate_classes(found).guide
+    assert class_made_by(factory) is AutoNormal
+    assert factory(lambda: None)._init_scale == 0.5
+
+
+def test_other_partials_are_of_their_function():
+    assert class_made_by(partial(AutoNormal, init_scale=0.5)) is AutoNormal
+    assert class_made_by(partial(print, AutoNormal)) is print
+    assert class_made_by(AutoNormal) is AutoNormal
