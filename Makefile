@@ -21,6 +21,12 @@ examples: .venv/test
 	$(BIN)/python examples/flights.py --epochs 1 --rows 3000 --output .venv/examples
 	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
 	$(BIN)/python examples/streaming.py --rows 3000 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/visits.py --epochs 1 --output .venv/examples
+	$(BIN)/python examples/bnn.py --rows 2000 --hidden 4 --epochs 1 --draws 5 --output .venv/examples
+	$(BIN)/python examples/vae.py --hidden 4 --batch-size 500 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/mixture.py --epochs 1 --output .venv/examples
+	$(BIN)/python examples/movielens.py --least 100 --factors 1 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/series.py --epochs 1 --output .venv/examples
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
 	$(BIN)/python benchmarks/reading.py --rows 100000 --batches 20 --rounds 1
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
