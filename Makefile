@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test examples clean
+.PHONY: demo test examples docs clean
 
 # The main job: a regression of flight delays on real data, its posterior as a table and a figure.
 demo: .venv/demo
@@ -13,8 +13,13 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pyro_lightning
+	$(MAKE) docs
 	$(MAKE) examples
 	$(BIN)/python -m pytest --doctest-modules pyro_lightning tests
+
+# The site, in .venv/site; a warning is an error. The variable silences an announcement of mkdocs.
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 
 # Every example with tiny arguments: they run, the figures mean nothing.
 examples: .venv/test
@@ -48,7 +53,7 @@ examples: .venv/test
 # litdata asks for torchvision, which is not used here. PyPI's is built for a GPU: beside the CPU
 # build of torch it cannot be imported, nor can torchmetrics, which imports it where it is installed.
 .venv/test: .venv/torch pyproject.toml
-	$(PIP) -e ".[test,dev]"
+	$(PIP) -e ".[test,dev,docs]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 
