@@ -15,7 +15,7 @@ test: .venv/test
 	$(BIN)/mypy --strict pyro_lightning
 	$(MAKE) docs
 	$(MAKE) examples
-	$(BIN)/python -m pytest --doctest-modules pyro_lightning tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --doctest-modules pyro_lightning tests
 
 # The site, in .venv/site; a warning is an error. The variable silences an announcement of mkdocs.
 docs: .venv/test

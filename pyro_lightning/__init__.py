@@ -1,10 +1,21 @@
 """Train Pyro models on mini-batches with PyTorch Lightning, and get the full-data posterior."""
 
+from pyro_lightning.calibration import pit_histogram
 from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
+from pyro_lightning.densities import log_predictive_density
 from pyro_lightning.elbo import negative_elbo
 from pyro_lightning.handlers import DataPlateMessenger
+from pyro_lightning.intervals import interval_coverage
+from pyro_lightning.metrics import (
+    IntervalCoverage,
+    LogPredictiveDensity,
+    NegativeELBO,
+    PITHistogram,
+)
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.prediction import Prediction
+from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.site_table import SiteTable
@@ -18,12 +29,21 @@ __all__ = [
     "FailedBatch",
     "IndexedBatch",
     "IndexedDataset",
+    "IntervalCoverage",
+    "LogPredictiveDensity",
+    "NegativeELBO",
+    "PITHistogram",
+    "Prediction",
+    "PredictionWriter",
     "PyroSVIModule",
     "RowAdam",
     "RowAdamW",
     "SiteTable",
     "batch_weight",
     "dataset_size_of",
+    "interval_coverage",
+    "log_predictive_density",
     "mean_batch_size",
     "negative_elbo",
+    "pit_histogram",
 ]

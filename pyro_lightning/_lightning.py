@@ -11,6 +11,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -32,9 +33,12 @@ def stage_loader(trainer: Trainer, stage: str) -> Any:
         "fit": trainer.fit_loop,
         "validate": trainer.validate_loop,
         "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
     }
     source = loops[stage]._data_source
-    return source.dataloader() if source.is_defined() else None
+    loader = source.dataloader() if source.is_defined() else None
+    # Which is its own iterator; it would forget a place that it had.
+    return loader.iterables if isinstance(loader, CombinedLoader) else loader
 
 
 def loses_new_parameters(trainer: Trainer) -> bool:
@@ -81,14 +85,14 @@ def loaders_of_batch(module: LightningModule, dataloader_idx: int) -> list[Any]:
     trainer = module._trainer
     loop: Any = None if trainer is None else trainer._active_loop
     combined = getattr(loop, "_combined_loader", None)
-    if combined is None:
+    if trainer is None or combined is None:
         return []
-    in_turn = getattr(loop, "_is_sequential", False)
+    in_turn = loop is trainer.predict_loop or getattr(loop, "_is_sequential", False)
     return [combined.flattened[dataloader_idx]] if in_turn else combined.flattened
 
 
 def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
-    """List the loaders of ``"training"``, ``"validation"`` or ``"test"``, as they are gone through.
+    """List the loaders of a stage, ``"training"`` or another, as they are gone through.
 
     None before they are made.
     """
@@ -96,9 +100,18 @@ def loaders_of(trainer: Trainer, stage: str) -> list[Any]:
         "training": [trainer.fit_loop],
         "validation": [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop],
         "test": [trainer.test_loop],
+        "prediction": [trainer.predict_loop],
     }
     found = (loop._combined_loader for loop in loops[stage])
     return next((list(each.flattened) for each in found if each is not None), [])
+
+
+def wrapped_batches(loader: Any) -> Any:
+    """What makes the batches of a loader that Lightning predicts from; None where nothing is
+    wrapped to note the numbers of the rows.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    return batches._batch_sampler if isinstance(batches, _IndexBatchSamplerWrapper) else None
 
 
 def unshared(loader: Any) -> Any:
@@ -222,6 +235,17 @@ def settle_progress(loops: dict[str, Any]) -> Progress:
 
 def _set_all(tracker: dict[str, int], value: int) -> None:
     tracker.update(dict.fromkeys(tracker, value))
+
+
+def loaded_in_epoch(trainer: Trainer) -> int | None:
+    """In which epoch the training loaders were made, which tells when they are made anew."""
+    epoch = trainer.fit_loop._last_train_dl_reload_epoch
+    return int(epoch) if epoch >= 0 else None  # minus infinity before they are made
+
+
+def set_loaded_in_epoch(trainer: Trainer, epoch: int) -> None:
+    """Have training loaders made anew as if they were made in an epoch."""
+    trainer.fit_loop._last_train_dl_reload_epoch = epoch
 
 
 def put_loaders(trainer: Trainer, loaders: list[Any]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from pyro.infer.util import Dice
 from pyro.poutine import runtime
 from pyro.util import warn_if_nan
@@ -170,3 +171,9 @@ def class_made_by(factory: Any) -> Any:
         return factory
     ours = getattr(factory.func, "__module__", None) or ""
     return factory.args[-1] if ours.split(".")[0] == "jsonargparse" else factory.func
+
+
+def mask_of_distribution(fn: MaskedDistribution) -> bool | torch.Tensor:
+    """Return the mask that a distribution was given by ``.mask``."""
+    mask: bool | torch.Tensor = fn._mask
+    return mask

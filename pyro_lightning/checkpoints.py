@@ -132,7 +132,8 @@ class Checkpoints(StateDicts):
             hparams_file: As in Lightning.
             strict: As in Lightning: whether sites and parameters must be the same.
             weights_only: False runs the code that a checkpoint holds; a file that holds any is
-                refused by default, from the web, too.
+                refused by default, from the web, too. Only with False are arguments made that
+                a checkpoint of ``LightningCLI`` describes, by classes and functions to import.
             **kwargs: Arguments of the class.
 
         Returns:
@@ -163,6 +164,9 @@ class Checkpoints(StateDicts):
         """
         verify_local_file(checkpoint_path)
         safe = weights_only is None or weights_only
+        if safe:
+            # A name in a file, which has Lightning import and call what the arguments there say.
+            kwargs["_instantiator"] = None
         loaded: Self = super().load_from_checkpoint(
             checkpoint_path, map_location, hparams_file, strict, safe, **kwargs
         )

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.stored_arguments import OwnArguments
 
 DESCRIPTION = (
     "Train Pyro models on mini-batches with PyTorch Lightning. --model is a PyroSVIModule, or a "
@@ -37,7 +38,7 @@ class SaveConfigOfRun(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class SVICommandLine(LightningCLI):
+class SVICommandLine(OwnArguments, LightningCLI):
     """``LightningCLI`` of any ``PyroSVIModule`` and any ``LightningDataModule``.
 
     ``--optimizer`` and ``--lr_scheduler`` are those of ``LightningCLI``, for modules without such

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from pyro_lightning._lightning import logs_this_step
-from pyro_lightning.bad_batches import BadBatches
+from pyro_lightning.metric_hooks import MetricHooks
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
 
@@ -36,7 +36,7 @@ class EpochFigures(Callback):
             pl_module._log_epoch()
 
 
-class Figures(BadBatches):
+class Figures(MetricHooks):
     """Logs losses as sums over N observations in nats, and per observation.
 
     ``self.log`` takes as long as a small step does: figures of an epoch are added up here and
@@ -60,6 +60,7 @@ class Figures(BadBatches):
             found = self._attempt(partial(self._estimate, batch, held_out=True), rows)
         if found is not None:
             per_obs = self._per_observation(StepResult(found[0], rows, found[1]))
+            self._update_metrics(stage, batch, rows, per_obs, *numbers)
         elif self.trainer.world_size == 1:
             return
         else:

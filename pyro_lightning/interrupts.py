@@ -3,7 +3,6 @@
 import signal
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
@@ -27,7 +26,14 @@ class Interrupts(Resume):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over the signals that came in the meantime."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self._hand_over_signals(self._signals_of_all())
+        held = self._fit_state.signals
+        if _alone():
+            self._hand_over_signals(held.arrived)
+            return
+        # Processes act on a signal together, after the same step: one alone would wait for the
+        # others. What came in a step they tell while the next one runs, so that none waits.
+        self._hand_over_signals(held.answer())
+        held.ask(self.trainer.strategy.root_device)
 
     def on_validation_batch_end(
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -40,28 +46,24 @@ class Interrupts(Resume):
     def on_train_end(self) -> None:
         """Have signals come when they come."""
         super().on_train_end()
-        arrived = self._fit_state.signals.arrived
-        if self.trainer.world_size == 1:
-            self._hand_over_signals(arrived)
-        self._fit_state.signals.release()
-
-    def _signals_of_all(self) -> list[int]:
-        """List the signals that any process got, in one order on all of them.
-
-        They act on a signal together, after the same step: one alone would wait for the others.
-        """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self._fit_state.signals.arrived
-        flags = torch.zeros(signal.NSIG, device=self.trainer.strategy.root_device)
-        flags[self._fit_state.signals.arrived] = 1
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-        return flags.nonzero().flatten().tolist()
+        held = self._fit_state.signals
+        if _alone():
+            self._hand_over_signals(held.arrived)
+        else:
+            held.answer()  # what came before the last step has not been handed over, and is asked
+            held.ask(self.trainer.strategy.root_device)
+            self._hand_over_signals(held.answer())
+        held.release()
 
     def _hand_over_signals(self, signals: list[int]) -> None:
         for number in signals:
             self._fit_state.signals.hand_over(number)
             if number == signal.SIGTERM:
                 raise SIGTERMException  # as Lightning does, after the validation that may follow
+
+
+def _alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized())
 
 
 def _tell(number: int) -> None:

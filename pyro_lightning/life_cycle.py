@@ -1,5 +1,6 @@
 """How a module comes to its sizes, parameters and optimizer, before its first step."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from pyro_lightning._lightning import (
     unshared,
 )
 from pyro_lightning.arguments import read_count, shortly
+from pyro_lightning.averages import copy_again
 from pyro_lightning.batches import (
     example_batch,
     first_of,
@@ -50,7 +52,7 @@ from pyro_lightning.ranks import (
 from pyro_lightning.retold import telling
 from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
-from pyro_lightning.rows import data_of, row_source
+from pyro_lightning.rows import RowSource, data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.shapes import check_broadcast, check_square
@@ -59,6 +61,7 @@ from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
 from pyro_lightning.streams import check_shares, resume_once
 from pyro_lightning.structure import explained_scales
+from pyro_lightning.uneven import RowsOfRanks
 
 # What Lightning ignores of a scheduler, with a warning, where optimization is manual.
 _OURS = ("reduce_on_plateau", "monitor", "strict")
@@ -76,6 +79,7 @@ class LifeCycle(Runs):
     _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
+    _rows_of_ranks: RowsOfRanks = RowsOfRanks()
     _globals_of_data: tuple[str, ...] = ()
     _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
@@ -222,6 +226,25 @@ class LifeCycle(Runs):
                 "back here, where the guide has no parameters yet to hold it. Call svi.loss(batch) "
                 "once before the fit, with dataset_size given; or use strategy='ddp'."
             )
+        with failing_together(self.trainer):
+            loader, source = self._read_data(stage)
+            # What was rebuilt of a checkpoint is checked before it trains.
+            ready = self._initialised and bool(self._checked_rows or not training)
+            if not ready and loader is not None:
+                with preserved_state(self):
+                    batch = self._first_batch(loader)
+                # A step makes its tensors in the precision of the Trainer, and so does this run.
+                with self.trainer.precision_plugin.tensor_init_context():
+                    self._initialise(batch)
+                copy_again(self.trainer, self, stage)
+        if training:
+            compare_ranks(self, loader)
+            with failing_together(self.trainer):
+                self._number_rows(source)
+
+    def _read_data(self, stage: str) -> tuple[Any, RowSource | None]:
+        """Ask for the loader of a stage; read N, and which rows have a number."""
+        training, source = stage == "fit", None
         with preserved_state(self):  # a user's hook or data set may draw random numbers
             loader = stage_loader(self.trainer, stage)
             if training:
@@ -232,6 +255,7 @@ class LifeCycle(Runs):
                 loader = first_of(loader)
         if training:
             self._mean_batch_size = self._followed = None
+            self._rows_of_ranks = RowsOfRanks()
             source = row_source(loader)
             self._identities = source.identities if source else None
         elif self._identities is None:
@@ -239,18 +263,7 @@ class LifeCycle(Runs):
             known = evaluated and evaluated.dataset.row_numbers and evaluated.identities
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             self._identities = known or getattr(datamodule, "identities", None)
-        with failing_together(self.trainer):
-            # What was rebuilt of a checkpoint is checked before it trains.
-            ready = self._initialised and bool(self._checked_rows or not training)
-            if not ready and loader is not None:
-                with preserved_state(self):
-                    batch = self._first_batch(loader)
-                # A step makes its tensors in the precision of the Trainer, and so does this run.
-                with self.trainer.precision_plugin.tensor_init_context():
-                    self._initialise(batch)
-        if training:
-            compare_ranks(self, loader)
-            self._number_rows(source)
+        return loader, source
 
     def on_validation_start(self) -> None:
         """Refuse to validate without N."""
@@ -286,6 +299,11 @@ class LifeCycle(Runs):
             self._rows_per_step, mean = cut_sizes(loader, count, rows, self.steps_per_batch)
         # Of a stream of unknown length the first batch is taken for the usual size, so that a
         # smaller one weighs less; the constant factor that is left moves no optimum.
+        of_ranks = self._rows_of_ranks
+        if mean is not None and of_ranks.mean is not None:
+            # All take as many steps as the rank with most rows, which is no rank's own number.
+            split = self._rows_per_step if self.steps_per_batch > 1 else None
+            mean = of_ranks.mean / (math.ceil(of_ranks.most / split) if split else count)
         self._mean_batch_size = float(self._rows_per_step or rows) if mean is None else mean
 
     def _resolve_size(self, loader: Any) -> int:

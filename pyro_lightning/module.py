@@ -13,17 +13,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
+from pyro_lightning.fit_state import FitState
 from pyro_lightning.guides import refuse_point
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
+from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
+from pyro_lightning.prediction import Prediction, read_prediction
+from pyro_lightning.prediction_hooks import Predictions
 from pyro_lightning.ranks import with_own_noise
-from pyro_lightning.resume import FitState
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.site_table import SiteTable, table_of_sites
@@ -31,7 +33,7 @@ from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Checkpoints):
+class PyroSVIModule(Predictions):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -93,6 +95,13 @@ class PyroSVIModule(Checkpoints):
             the batch, which never train. This holds for a stated N, too. A step that is not
             taken counts in ``global_step``. Errors end the fit where no batch is to blame, such as
             parameters that are not finite, and where no batch of an epoch is good.
+        prediction: What ``trainer.predict`` draws of each batch: a :class:`Prediction`, or a dict
+            of its fields, which a checkpoint's hyperparameters can hold; and for metrics.
+        metrics: What validation and test evaluate beside the loss: a torchmetrics ``Metric``,
+            several, a ``MetricCollection``, a dict of names, or a dict of sites and several where
+            more than one is observed. Each is fed what its ``update`` names: ``draws``, S posterior
+            predictive draws ``(S, B, ...)``; ``preds``, their mean; ``target``; ``log_likelihood``,
+            ``(S, B)``; ``loss_per_obs``; ``rows``, B. See :meth:`metrics_of`.
 
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
@@ -130,6 +139,8 @@ class PyroSVIModule(Checkpoints):
         steps_per_batch: int = 1,
         save_example: bool = True,
         bad_batches: str = "raise",
+        prediction: Prediction | Mapping[str, Any] | None = None,
+        metrics: Given = None,
     ) -> None:
         before = set(vars(self))
         super().__init__()
@@ -161,6 +172,8 @@ class PyroSVIModule(Checkpoints):
         # Lightning takes one step for each batch of the loader where optimization is automatic.
         self.automatic_optimization = steps_per_batch == 1
         self._read_bad_batches(bad_batches)
+        self._prediction = read_prediction(prediction)
+        self._read_metrics(metrics)
         self._own(model, guide, default_guide=AutoNormal)
         self._names_of_library = frozenset(vars(self)).difference(before)
 
@@ -243,8 +256,7 @@ class PyroSVIModule(Checkpoints):
             real, rows = self._without_repeats(batch, batch_idx)
             if self.steps_per_batch > 1:
                 return self._log_steps(self._take_steps(batch, real, rows))
-            done = self._step_at_once(real) if rows else None
-            done = done or self._attempt(partial(self._weighted_loss, real, rows), rows)
+            done = self._attempt(partial(self._step_or_loss, real, rows), rows)
             if done is None:
                 return self._without_step()
             loss, result = done

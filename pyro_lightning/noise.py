@@ -37,6 +37,19 @@ def noise_of_rank(
         False
     """
     seed = torch.empty(world_size, dtype=torch.int64, device="cpu").random_().tolist()[rank]
+    with noise_from(seed, device, in_python):
+        yield
+
+
+@contextmanager
+def noise_from(seed: int, device: torch.device, in_python: bool = False) -> Iterator[None]:
+    """Draw, within the context, the random numbers of a seed; generators are put back afterwards.
+
+    Args:
+        seed: The seed.
+        device: Whose generator is seeded beside the CPU's.
+        in_python: Whether Python's and NumPy's generators are, too.
+    """
     before = (random.getstate(), np.random.get_state()) if in_python else None
     here, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     try:
@@ -53,3 +66,18 @@ def noise_of_rank(
         if before is not None:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+def drawn_seed() -> int:
+    """Draw a seed from torch's default generator."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
+
+
+def derived_seed(seed: int, *numbers: int) -> int:
+    """Make another seed from a seed and numbers, the same in every process.
+
+    Example:
+        >>> derived_seed(0, 1, 2) == derived_seed(0, 1, 2) != derived_seed(0, 2, 1)
+        True
+    """
+    return random.Random(repr((seed, *numbers))).getrandbits(63)

@@ -57,7 +57,7 @@ class Share(NamedTuple):
         return rows if real == made else real
 
 
-def share_of(loader: Any, num_batches: float = math.inf) -> Share | None:
+def share_of(loader: Any, num_batches: float = math.inf, batch_sampler: Any = None) -> Share | None:
     """Tell what a rank's loader hands on; None where that cannot be known.
 
     A ``DistributedSampler`` gives rank r of R the items r, r + R, r + 2R, ... of an order of N, to
@@ -66,6 +66,7 @@ def share_of(loader: Any, num_batches: float = math.inf) -> Share | None:
     Args:
         loader: The loader of one rank.
         num_batches: M, the batches of an epoch, where it is cut short.
+        batch_sampler: What makes the batches, where the loader's own is a wrapper of it.
 
     Example:
         >>> sampler = DistributedSampler(range(7), num_replicas=2, rank=1, shuffle=False)
@@ -79,7 +80,8 @@ def share_of(loader: Any, num_batches: float = math.inf) -> Share | None:
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    batches: Any = batch_sampler if batch_sampler is not None else loader.batch_sampler
+    batches = loader.sampler if batches is None else batches
     size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
     of_rows, in_order = True, type(batches) in (BatchSampler, RowBatches)
     if size is None or sampler is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pyro_lightning._lightning import loaders_of_batch
+from pyro_lightning._lightning import loaders_of_batch, wrapped_batches
 from pyro_lightning.batches import cut_batch
 from pyro_lightning.gather import gather_rows
 from pyro_lightning.life_cycle import LifeCycle
@@ -71,7 +71,7 @@ class PaddingHooks(LifeCycle):
         """Count the rows of a batch that are no repeats, of ``rows`` in all."""
         loaders = loaders_of_batch(self, dataloader_idx)
         for loader in loaders:
-            share = share_of(loader)
+            share = share_of(loader, batch_sampler=wrapped_batches(loader))
             if share is None or not share.may_repeat(batch_idx):
                 continue
             if len(loaders) > 1:

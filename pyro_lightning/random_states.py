@@ -49,13 +49,18 @@ def set_random_states(states: dict[str, Any], device: torch.device | None = None
         states: The states.
         device: The CUDA device whose generator gets the state of the one that was read.
     """
-    torch.set_rng_state(states["torch"].cpu())
+    set_torch_states(states, device)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     if "numpy" in states:
         keys, position, has_gauss, cached = states["numpy"]
         kept = keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached
         np.random.set_state((_NUMPYS, *kept))
+
+
+def set_torch_states(states: dict[str, Any], device: torch.device | None = None) -> None:
+    """Put back what :func:`torch_states` returned."""
+    torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 

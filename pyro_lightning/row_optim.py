@@ -6,7 +6,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import distributed
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
 from pyro_lightning.arguments import read_flag, read_fraction, read_number, shortly
@@ -223,31 +222,3 @@ def _stand_in(parameter: torch.Tensor) -> torch.Tensor:
     shown = torch.empty_like(values)
     shown.grad = values
     return shown
-
-
-def average_over_ranks_(parameter: torch.Tensor) -> None:
-    """Make a sparse gradient the mean over all ranks, sending the rows of the batches alone.
-
-    DDP would send all N rows.
-    """
-    world = distributed.get_world_size()
-    assert parameter.grad is not None
-    grad = parameter.grad.coalesce()
-    indices, values = grad.indices(), grad.values() / world
-    count = torch.tensor([values.shape[0]], device=values.device)
-    counts = [torch.zeros_like(count) for _ in range(world)]
-    distributed.all_gather(counts, count)
-    sizes = [int(each) for each in counts]
-    missing = max(sizes) - values.shape[0]
-    # Collectives want equal shapes: the shorter ones are filled up, and cut afterwards.
-    indices = torch.cat([indices, indices.new_zeros(indices.shape[0], missing)], 1).T.contiguous()
-    values = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
-    gathered = []
-    for tensor in (indices, values):
-        parts = [torch.empty_like(tensor) for _ in range(world)]
-        distributed.all_gather(parts, tensor)
-        gathered.append(torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)]))
-    averaged = torch.sparse_coo_tensor(
-        gathered[0].T, gathered[1], grad.shape, check_invariants=False
-    )
-    parameter.grad = averaged.coalesce()

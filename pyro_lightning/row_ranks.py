@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import distributed, nn
 
+from pyro_lightning.row_exchange import average_over_ranks_
 from pyro_lightning.row_hooks import RowHooks
-from pyro_lightning.row_optim import average_over_ranks_
 
 
 class RowsOnRanks(Callback):
@@ -22,9 +22,7 @@ class RowsOnRanks(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Make the gradients of each row the mean over all ranks."""
-        for parameter in _row_parameters(pl_module):
-            if parameter.requires_grad:
-                average_over_ranks_(parameter)
+        average_over_ranks_([p for p in _row_parameters(pl_module) if p.requires_grad])
 
 
 def _row_parameters(module: Any) -> list[nn.Parameter]:

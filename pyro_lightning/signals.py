@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import distributed
+
 
 class HeldSignals:
     """Keeps signals that arrive, and hands them to their handlers when asked to.
@@ -30,6 +33,7 @@ class HeldSignals:
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._arrived: list[int] = []
+        self._asked: tuple[torch.Tensor, Any] | None = None
         self._process = 0
         self._told: Callable[[int], None] = lambda _: None
 
@@ -52,6 +56,21 @@ class HeldSignals:
         """The signals that arrived and were not handed over."""
         return list(self._arrived)
 
+    def ask(self, device: torch.device) -> None:
+        """Begin to tell the signals that arrived to all processes, each of which must ask."""
+        flags = torch.zeros(signal.NSIG, device=device)
+        flags[self._arrived] = 1
+        work = distributed.all_reduce(flags, distributed.ReduceOp.MAX, async_op=True)
+        self._asked = flags, work
+
+    def answer(self) -> list[int]:
+        """List the signals that any process had when all asked, in one order on all of them."""
+        if self._asked is None:
+            return []
+        (flags, work), self._asked = self._asked, None
+        work.wait()
+        return flags.nonzero().flatten().tolist()
+
     def hand_over(self, number: int) -> None:
         """Run the handler that a signal would have had, whether or not it arrived here."""
         if number in self._arrived:
@@ -65,7 +84,7 @@ class HeldSignals:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._keep:
                 signal.signal(number, handler)
-        self._handlers, self._arrived = {}, []
+        self._handlers, self._arrived, self._asked = {}, [], None
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker of a loader, forked from this process

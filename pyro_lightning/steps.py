@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -16,6 +17,7 @@ from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
+from pyro_lightning.states import kept_tensors
 from pyro_lightning.step_checks import (
     check_parts,
     refuse_checkpoints,
@@ -52,6 +54,11 @@ class ManySteps(WholeSteps):
         weighted = loss * self.batch_weight(batch) if whole else loss
         return weighted, StepResult(loss.detach(), rows, whole)
 
+    def _step_or_loss(self, batch: Any, rows: int) -> tuple[torch.Tensor, StepResult]:
+        """Take a whole step where that can be, or estimate what one differentiates."""
+        done = self._step_at_once(batch) if rows else None
+        return done or self._weighted_loss(batch, rows)
+
     def _take_steps(self, batch: Any, real: Any, rows: int) -> list[StepResult | None]:
         """Take the optimizer steps of a batch of the loader, one for each mini-batch in it.
 
@@ -69,7 +76,7 @@ class ManySteps(WholeSteps):
         parts = Parts(real, rows, self._rows_per_step)
         if type(self).num_rows is not Runs.num_rows:
             check_parts(self, parts)
-        count = len(whole)
+        count = self._most_of_ranks(len(whole))
         warn_of_shifted(self.trainer, count, self.steps_per_batch)
         if self.trainer.max_steps >= 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
@@ -77,6 +84,11 @@ class ManySteps(WholeSteps):
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
         while (done := len(results)) < count:
             self._at_part(done)
+            if done >= len(whole):  # other ranks have rows for a step, and this one has none
+                self._pass_over_step(optimizer, before + done)
+                self._step_schedulers("step", before + done)
+                results.append(None)
+                continue
             if done >= len(parts):
                 results.append(self._take_step(whole[done], optimizer, before + done, repeats=True))
                 self._step_schedulers("step", before + done)
@@ -107,6 +119,14 @@ class ManySteps(WholeSteps):
                 if result is not None:
                     self._mark_rows(parts[number])
         return results
+
+    def _most_of_ranks(self, steps: int) -> int:
+        """Return the steps of the rank that takes most in this batch, for which all others wait."""
+        if self.trainer.world_size == 1 or self._rows_of_ranks.alike:
+            return steps
+        most = torch.tensor(steps, device=self.device)
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        return int(most)
 
     def _at_part(self, number: int | None) -> None:
         if self._in_hand is not None:
@@ -161,6 +181,7 @@ class ManySteps(WholeSteps):
         """Return what a training step returns that takes none; count as many as it would take."""
         if self.steps_per_batch == 1:
             return self._without_step()
+        steps = self._most_of_ranks(steps)
         if self.trainer.max_steps >= 0:
             steps = min(steps, self.trainer.max_steps - self.trainer.global_step)
         before = int(self.trainer.fit_loop.epoch_loop.batch_idx) * self.steps_per_batch
@@ -203,7 +224,10 @@ class ManySteps(WholeSteps):
                     if fused.scheduled and not fused.fits():
                         break
                     known = structure
+                    put_back = kept_tensors(self) if self._skips else None
                     losses.append(fused.step(rows, given, weight))
+                    if put_back is not None and not torch.isfinite(losses[-1]):
+                        put_back()  # before the next step, which draws and reads them
                     count_optimizer_steps(self.trainer, 1)
                     if fused.scheduled:
                         self._step_schedulers("step", before + number)
@@ -214,7 +238,7 @@ class ManySteps(WholeSteps):
             StepResult(loss, parts.rows_of(numbers[0]), self._whole) for loss in losses
         ]
         for place, fine in enumerate(finite):
-            if not fine:  # its step has changed nothing
+            if not fine:  # its step has moved no parameter
                 self._at_part(numbers[place])
                 self._explain_or_skip(parts[numbers[place]], losses[place])
                 taken[place] = None

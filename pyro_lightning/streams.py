@@ -5,7 +5,7 @@ litdata is found among the modules that the user has imported, and never importe
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -96,26 +96,33 @@ def first_items(dataset: Any, count: int) -> list[Any] | None:
     return [alone[index] for index in range(min(count, int(known)))]
 
 
-def check_shares(loader: Any, world_size: int, rank: int) -> None:
+def check_shares(loaders: Any, world_size: int, rank: int) -> None:
     """Refuse a data set of litdata that was made before the processes of the training.
 
     It looks for its rank and their number when it is made. Before ``Trainer.fit`` it finds rank 0
     in each process, so that some rows train several times an epoch and others less.
 
+    Args:
+        loaders: The loader, or several.
+        world_size: How many processes there are.
+        rank: Which of them this one is.
+
     Raises:
         ValueError: When it takes itself for another rank, or for one of another number.
     """
-    dataset = getattr(loader, "dataset", None)
-    if not _is_litdata(dataset):
-        return
-    found = dataset.distributed_env  # type: ignore[union-attr]
-    if (found.world_size, found.global_rank) != (world_size, rank):
-        raise ValueError(
-            f"this {type(dataset).__name__} was made where there were other processes: it takes "
-            f"itself for rank {found.global_rank} of {found.world_size}, but this is rank {rank} "
-            f"of {world_size}, so that rows would train too often or never. Make it in setup() or "
-            "train_dataloader() of a LightningDataModule, where the processes are there."
-        )
+    for loader in _each(loaders):
+        dataset = getattr(loader, "dataset", None)
+        if not _is_litdata(dataset):
+            continue
+        found = dataset.distributed_env  # type: ignore[union-attr]
+        if (found.world_size, found.global_rank) != (world_size, rank):
+            raise ValueError(
+                f"this {type(dataset).__name__} was made where there were other processes: it "
+                f"takes itself for rank {found.global_rank} of {found.world_size}, but this is "
+                f"rank {rank} of {world_size}, so that rows would train too often or never. Make "
+                "it in setup() or train_dataloader() of a LightningDataModule, where the processes "
+                "are there."
+            )
 
 
 def resume_once(loaders: Any) -> None:
@@ -125,8 +132,19 @@ def resume_once(loaders: Any) -> None:
     batch: Lightning, which knows how many there are, does not ask. Rows before the checkpoint would
     train no more. For the first step: by then the iterator is made.
     """
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    for loader in loaders if isinstance(loaders, tuple | list) else [loaders]:
+    for loader in _each(loaders):
         if _is_litdata(loader, "StreamingDataLoader"):
             loader.restore = False
+
+
+def _each(loaders: Any) -> Iterator[Any]:
+    """Walk through one loader or several, as Lightning takes them."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    # Lightning's CombinedLoader lists those that it was made of.
+    loaders = getattr(loaders, "flattened", loaders)
+    if not isinstance(loaders, tuple | list):
+        yield loaders
+        return
+    for loader in loaders:
+        yield from _each(loader)

@@ -1,7 +1,7 @@
 """Ranks whose loaders hand over other numbers of batches than those of others."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback
@@ -10,9 +10,24 @@ from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_lightning._lightning import end_epoch_here, shorten_epochs
+from pyro_lightning.padding import share_of
 from pyro_lightning.rank_zero import warn
 
 _GOES_ON, _LAST, _ENDED = 0, 1, 2
+
+
+class RowsOfRanks(NamedTuple):
+    """How many rows of an epoch each rank has, where loaders share nothing out.
+
+    Attributes:
+        alike: Whether all are known to have equally many.
+        mean: How many on average; None where that is not known, or all are alike.
+        most: How many the rank with most has.
+    """
+
+    alike: bool = True
+    mean: float | None = None
+    most: int = 0
 
 
 class EvenSteps(Callback):
@@ -39,12 +54,14 @@ class EvenSteps(Callback):
         """Compare the lengths of the loaders."""
         self._agreed = False
         self._compare(trainer, pl_module.device)
+        _weigh(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch, whose loader may be another one."""
         self._agreed = False
         if trainer.reload_dataloaders_every_n_epochs:
             self._compare(trainer, pl_module.device)
+            _weigh(trainer, pl_module)
 
     def _compare(self, trainer: Any, device: torch.device) -> None:
         length = float(trainer.num_training_batches)
@@ -117,6 +134,17 @@ class EvenSteps(Callback):
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
     on_test_epoch_end = on_validation_epoch_end
+
+
+def _weigh(trainer: Any, pl_module: Any) -> None:
+    """Tell a module of ours how many rows of an epoch the ranks have."""
+    if not isinstance(getattr(pl_module, "_rows_of_ranks", None), RowsOfRanks):
+        return
+    share = share_of(trainer.train_dataloader, trainer.num_training_batches)
+    counts = _told(0 if share is None else share.items, pl_module.device)
+    known, alike = all(counts), all(counts) and len(set(counts)) == 1
+    mean = sum(counts) / len(counts) if known and not alike else None
+    pl_module._rows_of_ranks = RowsOfRanks(alike, mean, max(counts))
 
 
 def _streams(loaders: Any) -> bool:

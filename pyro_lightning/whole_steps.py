@@ -68,8 +68,6 @@ class WholeSteps(Interrupts):
         # torch makes no CUDA graph of a graph that changes its inputs, as a whole step does.
         if compiled is None or asks_for_cuda_graphs(compiled.options):
             return None
-        if self._skips:  # a step that is skipped gives back the random numbers that it drew
-            return None
         if trainer.accumulate_grad_batches > 1 or trainer.gradient_clip_val or not self._may_fuse():
             return None
         if has_repeats(batch):

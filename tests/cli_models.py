@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.nn import PyroModule, PyroParam
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning import ArrayDataModule, Prediction, PyroSVIModule
 
 NOISE = 0.5
 
@@ -98,3 +98,20 @@ def step_decay(optimizer):
 class OwnOptimizer(Regression):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class Predicted(PyroSVIModule):
+    """A subclass whose predictions a configuration describes."""
+
+    def __init__(self, prediction: Prediction | None = None):
+        super().__init__(prediction=prediction)
+
+    def model(self, x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), NOISE), obs=y)
+
+
+class NewRows(ArrayDataModule):
+    def __init__(self, rows: int = 100):
+        super().__init__(regression_rows(rows), batch_size=30, predict=regression_rows(rows)[:1])

@@ -9,6 +9,13 @@ from support import run_script
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_store():
+    """A store of Pyro's for each test: what runs without the library leaves parameters there."""
+    with pyro.get_param_store().scope():
+        yield
+
+
 @pytest.fixture
 def untouched_store():
     """Pyro's global store, which is empty and must stay so."""

@@ -12,7 +12,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from pyro.infer.autoguide import AutoDelta
 from support import normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyro_lightning import PyroSVIModule
 
 N, B, LOC = 100, 4, 0.25
+UNEQUAL = 16, 13  # four batches of each rank
+UNEQUAL_STEPS = 8, 5  # two batches, which hold four steps of two rows, and three
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 trainer_of_two = partial(
@@ -37,6 +39,19 @@ def everyones(value):
 def rows(batches, rank=RANK):
     """Rows that tell the ranks apart."""
     return torch.linspace(rank, rank + 1, batches * B)
+
+
+def linear(count, rank=RANK):
+    """As many rows as said, that tell the ranks apart."""
+    return torch.linspace(rank, rank + 1, count)
+
+
+class Streamed(IterableDataset):
+    def __init__(self, mine):
+        self.mine = mine
+
+    def __iter__(self):
+        yield from self.mine
 
 
 class Stream(IterableDataset):
@@ -57,11 +72,20 @@ def part(*batches):
     return DataLoader(rows(batches[RANK]), batch_size=B)
 
 
+def ragged(counts, streams=False):
+    """So many rows of each rank, whose last batches are of other sizes."""
+    mine = linear(counts[RANK])
+    return DataLoader(Streamed(mine) if streams else mine, batch_size=B)
+
+
 class Steps(Callback):
-    """Keeps the number of training batches before each validation, and of its batches."""
+    """Keeps the number of training batches before each validation, and of its own; gradients."""
 
     def __init__(self):
-        self.trained, self.validated = 0, []
+        self.trained, self.validated, self.gradients = 0, [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append(float(next(pl_module.parameters()).grad))
 
     def on_train_batch_end(self, *_):
         self.trained += 1
@@ -82,7 +106,7 @@ def module(**options):
     return svi
 
 
-def fit(*loaders, svi=None, **options):
+def fit(*loaders, svi=None, datamodule=None, **options):
     """What happened on each rank: steps, figures, an error and warnings of ours."""
     steps = Steps()
     trainer = trainer_of_two(callbacks=[steps], num_sanity_val_steps=0, **options)
@@ -90,7 +114,7 @@ def fit(*loaders, svi=None, **options):
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         try:
-            trainer.fit(svi or module(), *loaders)
+            trainer.fit(svi or module(), *loaders, datamodule=datamodule)
             figure = float(trainer.callback_metrics.get("val_loss", "nan"))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
@@ -98,11 +122,17 @@ def fit(*loaders, svi=None, **options):
     found = {
         "steps": trainer.global_step,
         "validated": steps.validated,
+        "gradients": steps.gradients,
         "error": error,
         "val_loss": figure,
         "warnings": ours,
     }
     return everyones(found)
+
+
+def fit_of_parts(counts, streams=False, **options):
+    """A fit of all rows of parts that are not of one size."""
+    return fit(ragged(counts, streams), svi=module(dataset_size=sum(counts), **options))
 
 
 def unscaled(x):
@@ -113,6 +143,17 @@ def fails_on_the_second(x):
     if RANK == 1:
         raise LookupError("only here")
     normal_mean(x)
+
+
+class Late(LightningDataModule):
+    """A datamodule whose loader one of the ranks cannot make."""
+
+    dataset_size = N
+
+    def train_dataloader(self):
+        if RANK == 1:
+            raise OSError("no such file here")
+        return part(2, 2)
 
 
 class Elsewhere(PyroSVIModule):
@@ -160,6 +201,10 @@ def found_of_all():
         "parts": fit(part(2, 2), svi=module(dataset_size=None)),
         "no_callbacks": fit(part(2, 2), svi=Elsewhere(normal_mean, dataset_size=N)),
         "one_trainer": fits_of_one_trainer(),
+        "unequal": fit_of_parts(UNEQUAL),
+        "unequal_steps": fit_of_parts(UNEQUAL_STEPS, steps_per_batch=2),
+        "streamed_steps": fit_of_parts(UNEQUAL_STEPS, streams=True, steps_per_batch=2),
+        "late_loader": fit(svi=module(), datamodule=Late()),
         "no_scale": fit(part(2, 2), svi=PyroSVIModule(normal_mean, data_plate=None)),
     }
     return found

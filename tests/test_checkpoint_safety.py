@@ -1,5 +1,7 @@
 """Checkpoints hold no code: it is refused as it is written, and as it is read."""
 
+import contextlib
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +13,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checkpoint_support import assert_equal_draws
-from lightning.pytorch import Callback
+from cli_models import regression_rows
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
@@ -24,8 +27,11 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning.cli import main
+from pyro_lightning.formats import pack
 
 X = torch.randn(40, generator=torch.Generator().manual_seed(0))
 ADAM = partial(torch.optim.Adam, lr=0.1)
@@ -107,6 +113,60 @@ def test_a_hostile_file_from_the_web_is_refused(use, served, hostile):
     with pytest.raises(Exception, match="Weights only load failed"):
         USES[use](served)
     assert not hostile[1].exists()
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    """A checkpoint without code that names what is to be called with its example batch."""
+    fit(PyroSVIModule(normal_mean)).save_checkpoint(tmp_path / "fit.ckpt")
+    checkpoint = torch.load(tmp_path / "fit.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = {
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "_class_path": "pyro_lightning.module.PyroSVIModule",
+        "model": "subprocess.call",
+    }
+    path, mark = tmp_path / "instructions.ckpt", tmp_path / "mark"
+    batch = {"args": ["touch", str(mark)], "pass_fds": torch.tensor([1])}
+    stored = {"example": pack(batch), "shown_rows": None, "built_rows": None}
+    checkpoint["pyro_lightning"].update(stored)
+    torch.save(checkpoint, path)
+    return path, mark
+
+
+def load(path, **options):
+    # With a model, of which Lightning makes one as well where the file says so.
+    with contextlib.suppress(RuntimeError, TypeError):
+        PyroSVIModule.load_from_checkpoint(path, **options)
+
+
+names_of_newer_releases = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's
+
+
+@names_of_newer_releases
+@pytest.mark.parametrize("obeys", [True, False])
+def test_what_a_file_names_is_called_only_where_its_code_is_run_too(instructions, obeys):
+    path, mark = instructions
+    load(path, **({"weights_only": False} if obeys else {}))
+    assert mark.exists() == obeys
+
+
+class Loaded(LightningDataModule):
+    """Rows of which N is not known before the checkpoint is read."""
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*regression_rows(20)), batch_size=10)
+
+
+@names_of_newer_releases
+def test_the_command_line_takes_no_arguments_of_a_file(instructions, monkeypatch):
+    path, mark = instructions
+    monkeypatch.setattr(sys, "argv", ["pyro-lightning"])
+    monkeypatch.chdir(path.parent)  # where LightningCLI writes its configuration
+    flags = ["--seed_everything=false", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    of = ["--model=cli_models.Regression", f"--data={__name__}.Loaded"]
+    with pytest.raises(RuntimeError, match="model and guide do not run on the example batch"):
+        main(["validate", *flags, *of, "--ckpt_path", str(path)])
+    assert not mark.exists()
 
 
 # -- what is written -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from support import quiet_trainer
 
 import pyro_lightning
+from pyro_lightning import Prediction
 from pyro_lightning.cli import main
 
 HERE = Path(__file__).parent
@@ -132,7 +133,24 @@ def test_print_config_shows_every_argument_of_the_module(capsys):
         "steps_per_batch",
         "save_example",
         "bad_batches",
+        "metrics",
+        "prediction",
     } == set(shown)
+
+
+def test_predictions_are_described_in_yaml_and_made_from_a_checkpoint(write, tmp_path):
+    fields = {"num_samples": 7, "summary": ["mean", 0.95], "seed": 1}
+    model = {"class_path": "cli_models.Predicted", "init_args": {"prediction": fields}}
+    path = write(model=model, data={"class_path": "cli_models.NewRows"})
+    fitted = main(["fit", "--config", path, "--trainer.max_epochs=1"])
+    fitted.trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    assert fitted.model.prediction == Prediction(7, summary=("mean", 0.95), seed=1)
+    args = ["predict", "--config", path, "--ckpt_path", str(tmp_path / "fit.ckpt")]
+    predicted = main(args)
+    expected = quiet_trainer().predict(fitted.model, datamodule=fitted.datamodule)
+    assert [each["y"].shape for each in expected] == [(2, 30)] * 3 + [(2, 10)]
+    found = quiet_trainer().predict(predicted.model, datamodule=predicted.datamodule)
+    assert all(torch.equal(a["y"], b["y"]) for a, b in zip(found, expected, strict=True))
 
 
 def run(*command, cwd):

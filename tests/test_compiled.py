@@ -34,16 +34,9 @@ def test_traces_equal_eager_in_double_precision(double_precision, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("AutoNormal", "VAE, dropout", "enumeration", "rows", "rows, points"),
-        *("Gamma, Beta, Dirichlet", "AutoIAFNormal", "vectorised particles", "rows, by hand"),
-        *("graph, score function", "score function, particles", "latent weights"),
-    ],
-)
-def test_inductor_equals_eager(name):
-    case = CASES[name]
+# torch's own lowering of triangular matrices asks for a name that torch gave up.
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")
+def test_inductor_equals_eager(case):
     svi, eager = case.make(compile="strict"), case.make()
     assert_equal_steps(svi, eager, map(case.batch, range(4)), 1e-6, GRADIENTS_TO)
     assert is_compiled(svi)

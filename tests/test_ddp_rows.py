@@ -38,6 +38,6 @@ def test_each_rows_latent_is_the_exact_one(found):
 def test_a_step_sends_the_rows_of_its_batch_however_many_there_are(found):
     few, many = found["sent"].values()
     assert few == many
-    # Two tables, each with the place and the gradient of B rows, and their number; and the two
-    # global parameters.
-    assert few == 2 * (2 * B + 1) + 2
+    # Two tables, each with the number of rows and, byte by byte, the place (int64) and the gradient
+    # (float32) of B rows; and the two global parameters.
+    assert few == 2 * (1 + B * (8 + 4)) + 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ddp_uneven_fit import LOC, N, rows
+from ddp_uneven_fit import LOC, UNEQUAL, UNEQUAL_STEPS, B, N, linear, rows
 from support import run_script
 
 
@@ -65,6 +65,32 @@ def test_lengths_that_differ_train_and_validate_as_the_shortest_does(found):
     assert [len(rank["warnings"]) for rank in found["lengths"]] == [1, 0]
 
 
+def gradient(counts):
+    """That of the negative ELBO of all rows, at the point of the guide."""
+    everything = torch.cat([linear(count, rank) for rank, count in enumerate(counts)])
+    return float(LOC / 0.1**2 - (everything - LOC).sum())
+
+
+@pytest.mark.parametrize(
+    ("run", "counts", "steps"), [("unequal", UNEQUAL, 4), ("unequal_steps", UNEQUAL_STEPS, 4)]
+)
+def test_each_row_weighs_the_same_where_ranks_have_other_numbers_of_rows(found, run, counts, steps):
+    gradients = of_both(found[run], "gradients")
+    assert of_both(found[run], "error") is None
+    assert len(gradients) == steps == of_both(found[run], "steps")
+    assert sum(gradients) / steps == pytest.approx(gradient(counts), rel=1e-5)
+
+
+def test_a_rank_with_rows_for_fewer_steps_takes_part_in_those_of_the_other(found):
+    run = found["streamed_steps"]
+    assert of_both(run, "error") is None
+    assert of_both(run, "steps") == 4
+    # How many rows a stream has is not known: a step of B / 2 rows weighs 1, at any rank.
+    weight = sum(UNEQUAL_STEPS) / (2 * 4 * B / 2)
+    mean = sum(of_both(run, "gradients")) / 4
+    assert mean == pytest.approx(weight * gradient(UNEQUAL_STEPS), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("run", "stage"), [("limit", "training"), ("empty_validation", "validation")]
 )
@@ -76,7 +102,11 @@ def test_a_rank_without_the_batch_that_others_have_is_an_error_of_all(found, run
 
 @pytest.mark.parametrize(
     ("run", "error"),
-    [("one_fails", "LookupError: only here"), ("empty", "the loader has no batch")],
+    [
+        ("one_fails", "LookupError: only here"),
+        ("empty", "the loader has no batch"),
+        ("late_loader", "no such file here"),
+    ],
 )
 def test_an_error_of_one_rank_before_the_first_step_is_an_error_of_all(found, run, error):
     one, other = errors(found[run])

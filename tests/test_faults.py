@@ -132,7 +132,7 @@ def test_the_middle_of_an_update_is_not_saved(tmp_path, steps):
     hook = lambda events: Saver(tmp_path, events, ["on_exception", "on_train_batch_end"])  # noqa: E731
     with pytest.raises(RuntimeError, match="in the middle of a step.*Nothing was written") as it:
         Fit(made, rows(), saver=hook)
-    assert str(it.value.__context__).endswith("the network is down")
+    assert "the network is down" in str(it.value.__context__)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"{n}-on_train_batch_end.ckpt" for n in range(5 // steps)}
 

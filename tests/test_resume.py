@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -321,6 +322,11 @@ LOADERS = {
 }
 
 
+class Remade(LightningDataModule):
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+
 class Joined(PyroSVIModule):
     def model_inputs(self, batch):
         if isinstance(batch[0], list | tuple):
@@ -337,6 +343,14 @@ def test_the_rows_of_an_epoch_go_on(tmp_path, name):
     data = lambda: {"train_dataloaders": LOADERS[name]()}  # noqa: E731
     hooks = "on_train_batch_end", "on_train_epoch_end"
     assert_goes_on(tmp_path, made, data, hooks, [0, 2, -5], max_epochs=2)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_loaders_that_are_made_anew_go_on(tmp_path, epochs):
+    """They draw a seed each time that they are made."""
+    hooks = "on_train_batch_end", "on_train_epoch_end"
+    flags = {"reload_dataloaders_every_n_epochs": epochs, "max_epochs": 4}
+    assert_goes_on(tmp_path, make(global_model), Remade, hooks, [3, 6, 9, 13], **flags)
 
 
 @pytest.mark.parametrize("persistent", [True, False])

@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_support import AS_TRACED
 from lightning.pytorch import Callback
 from pyro.infer import TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta
+from skip_support import NAN, STILL, B, N, fit, in_order, rows
 from steps_support import assert_same_fit
 from support import no_validation, normal_mean, quiet_trainer
 from torch import nn
@@ -27,32 +27,6 @@ pytestmark = [
     # What the fit says of skipped batches; the tests of it look for it.
     pytest.mark.filterwarnings("ignore:batches skipped in"),
 ]
-
-N, B = 40, 8
-NAN = float("nan")
-STILL = partial(torch.optim.SGD, lr=0.0)
-
-
-def rows(*bad, count=N):
-    x = torch.linspace(-1.0, 2.0, count)
-    x[list(bad)] = NAN
-    return x
-
-
-def fit(data, model=normal_mean, guide=AutoNormal, trainer=None, val=None, **options):
-    torch.manual_seed(0)
-    svi = PyroSVIModule(model, guide, **{"bad_batches": "skip", **options})
-    runner = quiet_trainer(**{"max_epochs": 3, **(trainer or {})})
-    torch.manual_seed(1)
-    if isinstance(data, ArrayDataModule):
-        runner.fit(svi, datamodule=data)
-    else:
-        runner.fit(svi, data if isinstance(data, DataLoader) else in_order(data), val)
-    return svi, runner
-
-
-def in_order(x):
-    return DataLoader(x, batch_size=B)
 
 
 # -- as if it had not come -------------------------------------------------------------------------
@@ -135,29 +109,6 @@ def test_several_steps_in_one_are_those_of_one(bad):
     found = [fit(data(), steps_per_batch=steps) for steps in (1, 2)]
     assert found[0][0].dataset_size == N - len(bad)
     assert_same_fit(*found, rtol=0, atol=0)
-
-
-def test_whole_steps_in_compiled_code_skip_what_eager_ones_do():
-    def still(compile):
-        # A point has no noise, of which a skipped step of compiled code uses some.
-        model = normal_mean if compile is False else unchecked_mean
-        data = ArrayDataModule(rows(17, 30), batch_size=4)
-        return fit(data, model, AutoDelta, steps_per_batch=2, compile=compile, dataset_size=N)
-
-    (svi, trainer), (other, reference) = still(AS_TRACED), still(False)
-    assert any(entry.fused is not None for entry in svi._compiled._entries)
-    for name in ("train_skipped_batches", "train_skipped_rows"):
-        assert trainer.callback_metrics[name] == reference.callback_metrics[name] > 0
-    assert svi.dataset_size == other.dataset_size == N - 2
-    # N is right from the second epoch on in compiled code, and from the bad batch on in eager:
-    # a twentieth of the force in one of three epochs, on steps of 0.01.
-    torch.testing.assert_close(svi.state_dict(), other.state_dict(), rtol=0, atol=0.01)
-
-
-def unchecked_mean(x):
-    mu = pyro.sample("mu", dist.Normal(0.0, 0.1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mu, 1.0, validate_args=False), obs=x)
 
 
 # -- N ---------------------------------------------------------------------------------------------

@@ -11,15 +11,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.util import warn_if_nan
+from support import quiet_trainer
 from torch import _inductor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import BatchSampler, DataLoader
 
+from pyro_lightning._lightning import wrapped_batches
 from pyro_lightning._upstream import (
     answer_to_check,
     class_made_by,
@@ -30,6 +34,7 @@ from pyro_lightning._upstream import (
     has_step_hooks,
     hook_tables,
     make_graph,
+    mask_of_distribution,
     multiplied,
     open_records,
     traced_node,
@@ -57,6 +62,12 @@ def test_distributions_ask_whether_their_arguments_are_valid():
     with Asked() as asked:
         dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)
     assert asked.answers == [True, True]
+
+
+def test_a_masked_distribution_keeps_its_mask():
+    mask = torch.tensor([True, False])
+    assert mask_of_distribution(dist.Normal(torch.zeros(2), 1.0).mask(mask)) is mask
+    assert mask_of_distribution(dist.Normal(torch.zeros(2), 1.0).mask(False)) is False
 
 
 def test_distributions_ask_whether_a_value_is_valid():
@@ -287,3 +298,20 @@ def test_other_partials_are_of_their_function():
     assert class_made_by(partial(AutoNormal, init_scale=0.5)) is AutoNormal
     assert class_made_by(partial(print, AutoNormal)) is print
     assert class_made_by(AutoNormal) is AutoNormal
+
+
+def test_lightning_wraps_what_makes_the_batches_that_are_predicted():
+    seen = []
+
+    class Wrapped(Callback):
+        def on_predict_start(self, trainer, pl_module):
+            seen.append(wrapped_batches(trainer.predict_loop._combined_loader.flattened[0]))
+
+    class Nothing(LightningModule):
+        def predict_step(self, batch):
+            return batch
+
+    loader = DataLoader(torch.arange(4), batch_size=3)
+    quiet_trainer(callbacks=[Wrapped()]).predict(Nothing(), loader)
+    assert type(seen[0]) is BatchSampler and seen[0].batch_size == 3
+    assert wrapped_batches(loader) is None

@@ -26,6 +26,15 @@ class Job:
     decay: float = 1.0
 
     @property
+    def lr(self) -> float:
+        """The learning rate at the first step.
+
+        That of a workload is for a rate that decays: at the flights' 0.02 throughout the guide
+        diverges after some 2,000 steps.
+        """
+        return self.workload.lr if self.decay != 1 else self.workload.lr / 10
+
+    @property
     def rows(self) -> int:
         return len(self.arrays[0])
 

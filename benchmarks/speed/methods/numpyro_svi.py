@@ -25,7 +25,7 @@ class Steps:
             guide = getattr(autoguide, work.guide)(self.model, **options)
         else:
             guide = self.guide
-        rate = work.lr if job.decay == 1 else lambda step: work.lr * job.decay**step
+        rate = job.lr if job.decay == 1 else lambda step: job.lr * job.decay**step
         self.svi = SVI(self.model, guide, numpyro.optim.Adam(rate, *work.betas), Trace_ELBO())
 
     def plate(self, rows, *columns):

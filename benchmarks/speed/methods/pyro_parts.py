@@ -9,7 +9,7 @@ from benchmarks.speed.job import Job
 
 
 def adam_options(job: Job) -> dict[str, Any]:
-    return {"lr": job.workload.lr, "betas": job.workload.betas}
+    return {"lr": job.lr, "betas": job.workload.betas}
 
 
 def tensors(job: Job) -> tuple[torch.Tensor, ...]:

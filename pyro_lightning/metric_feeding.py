@@ -1,0 +1,290 @@
+"""What torchmetrics are fed from a batch that is evaluated, and the numbers that they give."""
+
+import inspect
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.regression import ContinuousRankedProbabilityScore
+
+from pyro_lightning.arguments import shortly
+from pyro_lightning.draws import paired
+
+Given = (
+    Metric
+    | MetricCollection
+    | Sequence[Metric]
+    | Mapping[str, Metric | MetricCollection | Sequence[Metric]]
+    | None
+)
+
+FROM_DRAWS = frozenset({"draws", "preds"})
+OF_A_SITE = FROM_DRAWS | {"target"}
+_FED = (*sorted(OF_A_SITE), "log_likelihood", "loss_per_obs", "rows")
+_PAIRS = 2**24  # of draws, of all rows that torchmetrics' CRPS compares at once
+
+
+@dataclass
+class Evaluated:
+    """What is known of a batch that was evaluated.
+
+    Attributes:
+        loss_per_obs: The estimate of the negative ELBO of an observation.
+        rows: B.
+        target: What was observed, ``(B, ...)`` by site; NaN where a mask leaves it out.
+        draws: Posterior predictive draws, ``(S, B, ...)`` by site.
+        log_likelihood: ``(S, B)`` by site, in nats.
+    """
+
+    loss_per_obs: torch.Tensor
+    rows: int
+    target: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    draws: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    log_likelihood: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class SiteMetrics(nn.Module):
+    """Metrics of observed sites, each fed what its ``update`` names.
+
+    Args:
+        collections: Metrics by site; None for those of the only site.
+
+    Example:
+        >>> from torchmetrics import MeanAbsoluteError
+        >>> metrics = SiteMetrics(read_metrics({"mae": MeanAbsoluteError()}))
+        >>> draws = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+        >>> metrics.update(Evaluated(torch.tensor(0.0), 2, {"y": torch.zeros(2)}, {"y": draws}))
+        >>> metrics.numbers("val_")
+        {'val_mae': tensor(2.)}
+    """
+
+    def __init__(self, collections: Mapping[str | None, MetricCollection]) -> None:
+        super().__init__()
+        self.sites = tuple(collections)
+        # A list, since the name of a site may be none of a module. Copies, whose states are apart.
+        self.collections = nn.ModuleList(each.clone() for each in collections.values())
+        self.reset()
+
+    def another(self) -> "SiteMetrics":
+        """Return metrics of these settings that have met no batch."""
+        return SiteMetrics(dict(self._items()))
+
+    def _items(self) -> Iterator[tuple[str | None, MetricCollection]]:
+        yield from zip(self.sites, self.collections, strict=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the metrics are fed, of all that a batch gives."""
+        return frozenset().union(
+            *(inputs_of(m) for _, each in self._items() for m in each.values())
+        )
+
+    def named(self) -> dict[str, Metric]:
+        """Name the metrics, those of a site by the site, too."""
+        return {
+            name if site is None else f"{site}_{name}": metric
+            for site, each in self._items()
+            for name, metric in each.items()
+        }
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.batches = 0
+        for _, each in self._items():
+            each.reset()
+
+    def sites_for(self, needed: Collection[str], observed: Collection[str]) -> set[str]:
+        """Name the sites of which the metrics need one of these.
+
+        Args:
+            needed: Names of what is fed.
+            observed: The sites that are observed.
+
+        Raises:
+            ValueError: Where it is not said which of several, or a site is not observed.
+        """
+        found: set[str] = set()
+        for site, each in self._items():
+            inputs = frozenset().union(*map(inputs_of, each.values()))
+            if site is None and "log_likelihood" in inputs.intersection(needed):
+                found.update(observed)
+            if inputs & OF_A_SITE.union({"log_likelihood"} if site else ()):
+                name = _only(site, observed)
+                if inputs.intersection(needed):
+                    found.add(name)
+        return found
+
+    def update(self, evaluated: Evaluated) -> None:
+        """Feed a batch.
+
+        Args:
+            evaluated: What is known of it.
+        """
+        self.batches += 1
+        for site, each in self._items():
+            for metric in each.values():
+                _feed(metric, site, evaluated)
+
+    def numbers(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Compute the metrics; returns the numbers by name.
+
+        Names are those of a ``MetricCollection``: the metric's, or the keys of what it returns if
+        that is a dict. Entry n of a tuple or vector has the name and ``_n``.
+
+        Args:
+            prefix: What names begin with; names of a site's metrics then have the site.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for site, each in self._items():
+            with warnings.catch_warnings():
+                # Of a rank without rows, whose part of the sums is 0.
+                warnings.filterwarnings("ignore", ".*was called before the ``update`` method")
+                results = each.compute()
+            before = prefix if site is None else f"{prefix}{site}_"
+            for name, result in results.items():
+                found.update(_numbers(f"{before}{name}", result))
+        return found
+
+
+def read_metrics(given: Given) -> dict[str | None, MetricCollection]:
+    """Read the argument ``metrics``.
+
+    Args:
+        given: A metric, several, a ``MetricCollection``, a dict of names and metrics, or of sites
+            and several metrics.
+
+    Returns:
+        Collections by site; None where no site is named.
+
+    Raises:
+        TypeError: For something else, or a metric whose ``update`` asks for what is not fed.
+
+    Example:
+        >>> from torchmetrics import MeanAbsoluteError
+        >>> list(read_metrics({"y": [MeanAbsoluteError()]})["y"].keys())
+        ['MeanAbsoluteError']
+    """
+    if given is None:
+        return {}
+    several: dict[str | None, Any] = {None: given}
+    if isinstance(given, Mapping) and not isinstance(given, MetricCollection):
+        several = {name: each for name, each in given.items() if not isinstance(each, Metric)}
+        named = {name: each for name, each in given.items() if isinstance(each, Metric)}
+        if named:
+            several[None] = named
+    read: dict[str | None, MetricCollection] = {}
+    for site, metrics in several.items():
+        try:
+            # Groups would have one metric updated for several whose states happen to be equal.
+            read[site] = _apart(metrics)
+        except ValueError as error:
+            raise TypeError(
+                "metrics must be a torchmetrics Metric, several, a MetricCollection, a dict of "
+                "names and metrics, or a dict of observed sites and several metrics, got "
+                f"{shortly(given)}: {error}"
+            ) from error
+        for name, metric in read[site].items():
+            _check_inputs(name, metric)
+    return read
+
+
+def _apart(metrics: Any) -> MetricCollection:
+    if not isinstance(metrics, MetricCollection):
+        return MetricCollection(metrics, compute_groups=False)
+    held: dict[str, Any] = dict(metrics.items(keep_base=True, copy_state=False))
+    names = {"prefix": metrics.prefix, "postfix": metrics.postfix}
+    return MetricCollection(held, **names, compute_groups=False)
+
+
+def inputs_of(metric: Metric) -> frozenset[str]:
+    """Name what a metric is fed: what its ``update`` names, or else predictions and target.
+
+    Example:
+        >>> from pyro_lightning import LogPredictiveDensity
+        >>> inputs_of(LogPredictiveDensity())
+        frozenset({'log_likelihood'})
+    """
+    if isinstance(metric, ContinuousRankedProbabilityScore):
+        return frozenset({"draws", "target"})
+    named = inspect.signature(metric.update).parameters
+    known = frozenset(_FED).intersection(named)
+    open_ended = any(each.kind == each.VAR_KEYWORD for each in named.values())
+    # Wrappers pass on what they get.
+    return frozenset({"preds", "target"}) if open_ended and not known else known
+
+
+def _check_inputs(name: str, metric: Metric) -> None:
+    for each in inspect.signature(metric.update).parameters.values():
+        variadic = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if not variadic and each.default is each.empty and each.name not in _FED:
+            raise TypeError(
+                f"update of the metric '{name}' asks for '{each.name}'; it can be fed "
+                f"{', '.join(_FED)}, by these names"
+            )
+
+
+def _only(site: str | None, observed: Collection[str]) -> str:
+    names = ", ".join(map(repr, observed))
+    if site is None:
+        if len(observed) > 1:
+            raise ValueError(
+                f"the model observes {names}: say of which site a metric is, as in "
+                f"metrics={{{next(iter(observed))!r}: [...]}}"
+            )
+        return next(iter(observed))
+    if site not in observed:
+        raise ValueError(f"metrics of '{site}', but the model observes {names}")
+    return site
+
+
+def _feed(metric: Metric, site: str | None, evaluated: Evaluated) -> None:
+    inputs = inputs_of(metric)
+    fed: dict[str, Any] = {"loss_per_obs": evaluated.loss_per_obs, "rows": evaluated.rows}
+    if "log_likelihood" in inputs:
+        terms = evaluated.log_likelihood
+        fed["log_likelihood"] = sum(terms.values()) if site is None else terms[site]
+    if inputs & OF_A_SITE:
+        name = _only(site, evaluated.target)
+        fed["target"] = evaluated.target[name]
+        fed["draws"] = evaluated.draws.get(name)
+    if isinstance(metric, ContinuousRankedProbabilityScore):
+        # Its ensembles are rows, and it compares all pairs of their members.
+        draws, target = paired(fed["draws"], fed["target"])
+        most = max(1, _PAIRS // len(draws) ** 2)
+        parts = torch.split(draws.T, most), torch.split(target, most)
+        for some, values in zip(*parts, strict=True):
+            metric.update(some, values)
+        return
+    if "preds" in inputs:
+        fed["preds"] = _means(fed["draws"])
+        if "draws" not in inputs:
+            # torchmetrics' own have no way to say what was not observed.
+            seen = ~fed["target"].isnan().reshape(evaluated.rows, -1).any(1)
+            fed["preds"], fed["target"] = fed["preds"][seen], fed["target"][seen]
+            if not len(fed["target"]):
+                return
+    metric.update(**{name: fed[name] for name in inputs})
+
+
+def _means(draws: torch.Tensor) -> torch.Tensor:
+    return (draws if draws.is_floating_point() else draws.float()).mean(0)
+
+
+def _numbers(name: str, result: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(result, Mapping):
+        for key, each in result.items():
+            yield from _numbers(f"{name}_{key}", each)
+    elif isinstance(result, tuple | list):
+        for number, each in enumerate(result):
+            yield from _numbers(f"{name}_{number}", each)
+    elif not isinstance(result, torch.Tensor | float | int):
+        raise TypeError(f"the metric '{name}' gives {shortly(result)}, which is no number")
+    elif isinstance(result, torch.Tensor) and result.numel() != 1:
+        for number, each in enumerate(result.reshape(-1)):
+            yield f"{name}_{number}", each
+    else:
+        yield name, torch.as_tensor(result).reshape(())

@@ -1,0 +1,264 @@
+"""Lightning's side of prediction: one set of global draws for all batches and processes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from pyro_lightning._lightning import stage_loader
+from pyro_lightning.arguments import read_count, shortly
+from pyro_lightning.batches import loaders_in
+from pyro_lightning.checkpoints import Checkpoints
+from pyro_lightning.in_hand import InHand
+from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
+from pyro_lightning.prediction import Prediction, read_prediction
+from pyro_lightning.predictive import (
+    draws_vectorise,
+    global_draws,
+    log_likelihood_of,
+    predictive_draws,
+)
+from pyro_lightning.prepared import rows_from_prior
+from pyro_lightning.rank_zero import warn
+from pyro_lightning.row_order import number_rows_, numbering, rows_in_order
+
+
+class PredictionRun:
+    """What all batches of one prediction share.
+
+    Attributes:
+        settings: What is drawn.
+        seed: What all its random numbers follow from.
+        posterior: Draws of the global latents.
+        parallel: Whether draws are run at once; None until the first batch has told.
+        tried: Whether this was tried.
+        warned: Whether it was said that latents come from the prior.
+    """
+
+    def __init__(self, module: Any, settings: Prediction, seed: int) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.parallel = settings.parallel
+        self.tried = False
+        self.warned = settings.local == "prior"
+        with noise_from(seed, module.device, module._draws_in_python):
+            self.posterior = global_draws(module, settings.num_samples)
+
+    def of_batch(self, module: Any, batch: Any, *numbers: int) -> dict[str, torch.Tensor]:
+        """Draw sites of a batch; ``numbers`` tell it from others."""
+        settings, shared = self.settings, (self.posterior, self.settings.num_samples)
+        self._tell_of_prior(module, batch)
+        seed = derived_seed(self.seed, *numbers)
+        with noise_from(seed, module.device, module._draws_in_python):
+            if self.parallel is None:
+                self.parallel = draws_vectorise(module, batch, *shared, local=settings.local)
+                self.tried = True
+            draws = predictive_draws(
+                module,
+                batch,
+                *shared,
+                sites=settings.sites,
+                chunk_size=settings.chunk_size,
+                parallel=self.parallel,
+                tried=self.tried,
+                local=settings.local,
+            )
+            self.tried = True
+        return {name: settings.kept(each) for name, each in draws.items()}
+
+    def _tell_of_prior(self, module: Any, batch: Any) -> None:
+        if self.warned:
+            return
+        sites, rows = rows_from_prior(module, batch)
+        if rows:
+            self.warned = True
+            warn(
+                f"{', '.join(map(repr, sites))} of {rows} rows of the first such batch, of which "
+                "the guide knows nothing since they did not train or have no number, are drawn "
+                "from the prior given the globals. To predict rows of the fit, hand over the "
+                "IndexedDataset or the datamodule of the fit; "
+                "Prediction(local='prior') says that new rows are meant.",
+                stacklevel=4,
+            )
+
+
+class Predictions(Checkpoints):
+    """Predicts batches, and tells how likely what was observed in them is."""
+
+    _prediction: Prediction
+    _prediction_run: PredictionRun | None = None
+    _numbered: tuple[Any, ...] = ()
+
+    posterior_samples: Callable[..., dict[str, torch.Tensor]]
+
+    @property
+    def prediction(self) -> Prediction:
+        """What ``trainer.predict`` draws: a :class:`Prediction`, or a dict of its fields."""
+        return self._prediction
+
+    @prediction.setter
+    def prediction(self, value: Prediction | Mapping[str, Any] | None) -> None:
+        self._prediction = read_prediction(value)
+
+    # -- trainer.predict -----------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Set up; have the data set of the fit number its rows for a guide that needs it."""
+        super().setup(stage)
+        if stage == "predict" and self._source is not None and self._per_row():
+            loaders = loaders_in(stage_loader(self.trainer, stage))
+            self._numbered = tuple(number_rows_(loaders, self._source))
+
+    def teardown(self, stage: str) -> None:
+        """Give up the draws of a prediction, and leave data sets as they were."""
+        for dataset in self._numbered:
+            dataset.row_numbers = False
+        self._numbered, self._prediction_run = (), None
+        super().teardown(stage)
+
+    def on_predict_start(self) -> None:
+        """Draw the global latents, once for all batches and the same on all processes."""
+        settings = self.prediction
+        seed = drawn_seed() if settings.seed is None else settings.seed
+        seed = self.trainer.strategy.broadcast(seed)
+        # In the precision of the steps, which Lightning's hooks do not run in.
+        with self.trainer.precision_plugin.predict_step_context(), torch.no_grad():
+            self._prediction_run = PredictionRun(self, settings, seed)
+
+    def predict_step(
+        self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Draw sites of a batch from the posterior predictive, as :attr:`prediction` says.
+
+        Draw s of all batches has the same global latents, so that a sum over rows of the data set,
+        draw by draw, is a draw of that sum. Rows that a ``DistributedSampler`` repeats are left
+        out.
+
+        Returns:
+            ``(num_samples, B, *other plates, *event)`` by site, or
+            ``(len(summary), B, *other plates, *event)``; nothing for a batch of repeats alone.
+        """
+        run = self._prediction_run
+        trainer, rank = self._trainer, 0
+        if trainer is not None and trainer.predicting:
+            rank = trainer.global_rank
+            if run is None:
+                raise RuntimeError(
+                    "on_predict_start of this subclass leaves out what prediction needs: let it "
+                    "call super().on_predict_start()"
+                )
+        if run is None:
+            settings = self.prediction
+            seed = drawn_seed() if settings.seed is None else settings.seed
+            run = PredictionRun(self, settings, seed)
+        inside = trainer is not None and trainer.predicting
+        told = InHand(self, "prediction", batch, batch_idx, dataloader_idx)
+        with told if inside else nullcontext():
+            batch, rows = self._without_repeats(batch, batch_idx, dataloader_idx)
+            if not rows:
+                return {}
+            return run.of_batch(self, batch, rank, dataloader_idx, batch_idx)
+
+    # -- log-likelihood ------------------------------------------------------------------------
+
+    def log_likelihood(
+        self,
+        data: Any,
+        num_samples: int = 1000,
+        *,
+        posterior: Mapping[str, torch.Tensor] | None = None,
+        chunk_size: int | None = None,
+        parallel: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""Compute the log-likelihood of each row, for draws from the guide.
+
+        .. math:: \log p(y_i \mid \theta^{(s)}, z_i^{(s)})
+
+        in nats, without N/B: a row counts once. Latents of rows are drawn from the guide, or from
+        the prior given the globals for rows that never trained. All of it is held in memory;
+        :meth:`iter_log_likelihood` goes through it batch by batch.
+
+        Args:
+            data: A loader or other iterable of batches, whose order is kept; or a datamodule that
+                is set up, for its training rows in the order of the data set.
+            num_samples: S, how many draws.
+            posterior: Draws of the global latents, as from :meth:`posterior_samples`, in place of
+                new ones.
+            chunk_size: How many draws are run together; by default 2^18 / B.
+            parallel: Whether these are one run of model and guide; by default where it is the same.
+
+        Returns:
+            ``(num_samples, rows, *other plates)`` by observed site, on the CPU.
+
+        Raises:
+            RuntimeError: Before the first fit or loss.
+            TypeError: For a batch in the place of several.
+            ValueError: When nothing is observed.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_lightning import ArrayDataModule, PyroSVIModule
+            >>> def model(x):
+            ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
+            >>> svi = PyroSVIModule(model, dataset_size=10)
+            >>> _ = svi.loss(torch.zeros(10))
+            >>> data = ArrayDataModule(torch.zeros(10), batch_size=4)
+            >>> svi.log_likelihood(data, 50)["x"].shape
+            torch.Size([50, 10])
+        """
+        parts: dict[str, list[torch.Tensor]] = {}
+        batches = self.iter_log_likelihood(
+            data, num_samples, posterior=posterior, chunk_size=chunk_size, parallel=parallel
+        )
+        for found in batches:
+            for name, each in found.items():
+                parts.setdefault(name, []).append(each.cpu())
+        return {name: torch.cat(each, 1) for name, each in parts.items()}
+
+    def iter_log_likelihood(
+        self,
+        data: Any,
+        num_samples: int = 1000,
+        *,
+        posterior: Mapping[str, torch.Tensor] | None = None,
+        chunk_size: int | None = None,
+        parallel: bool | None = None,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield :meth:`log_likelihood` batch by batch, in the memory of one, on the device.
+
+        Args:
+            data: As in :meth:`log_likelihood`.
+            num_samples: As in :meth:`log_likelihood`.
+            posterior: As in :meth:`log_likelihood`.
+            chunk_size: As in :meth:`log_likelihood`.
+            parallel: As in :meth:`log_likelihood`.
+        """
+        num_samples = read_count(num_samples, "num_samples")
+        shared = global_draws(self, num_samples) if posterior is None else posterior
+        if shared:
+            num_samples = len(next(iter(shared.values())))
+        how: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
+        for batch in self._batches_of(data):
+            if how["parallel"] is None:
+                how.update(parallel=draws_vectorise(self, batch, shared, num_samples), tried=True)
+            yield log_likelihood_of(self, batch, shared, num_samples, **how)
+            how["tried"] = True
+
+    def _batches_of(self, data: Any) -> Iterator[Any]:
+        """Go through batches on the device; of a datamodule through its training rows, in order."""
+        loader: Iterable[Any] = data
+        if isinstance(data, LightningDataModule):
+            loader = rows_in_order(data.train_dataloader())
+        elif isinstance(data, torch.Tensor | str | Mapping) or not hasattr(data, "__iter__"):
+            raise TypeError(
+                "expected a loader or other iterable of batches, or a datamodule, got "
+                f"{shortly(data)}: of one batch make [batch]"
+            )
+        number = isinstance(data, LightningDataModule) and bool(self._per_row())
+        with numbering([loader] if number else []):
+            for batch in loader:
+                yield self.transfer_batch_to_device(batch, self.device, 0)
