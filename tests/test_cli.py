@@ -169,7 +169,6 @@ def test_predictions_are_described_in_yaml_and_made_from_a_checkpoint(write, tmp
     assert fitted.model.prediction == Prediction(7, summary=("mean", 0.95), seed=1)
     loaded = Predicted.load_from_checkpoint(tmp_path / "fit.ckpt")
     assert loaded.prediction == fitted.model.prediction
-    (tmp_path / "config.yaml").unlink()  # that of the fit, which LightningCLI would not overwrite
     args = ["predict", "--config", path, "--ckpt_path", str(tmp_path / "fit.ckpt")]
     predicted = main(args)
     expected = quiet_trainer().predict(fitted.model, datamodule=fitted.datamodule)
