@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_lightning.after_fit import AfterFit
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
@@ -23,7 +26,6 @@ from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, read_prediction
-from pyro_lightning.prediction_hooks import Predictions
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
@@ -33,7 +35,7 @@ from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Predictions):
+class PyroSVIModule(AfterFit):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -126,10 +128,10 @@ class PyroSVIModule(Predictions):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        guide: Any = AutoNormal,
+        guide: Callable[[Any], AutoGuide] | Callable[..., Any] = AutoNormal,
         elbo: ELBO | EnergyDistance | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | Callable[..., Any] | None = None,
         *,
         data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
@@ -260,7 +262,7 @@ class PyroSVIModule(Predictions):
 
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
-        with InHand(self, "training", batch, batch_idx, 0):
+        with InHand(self, "training", batch, batch_idx, 0), self._annealed():
             if steps := self._begin():
                 return self._pass_over(steps)
             self._follow_loader(batch)
