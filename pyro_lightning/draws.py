@@ -1,8 +1,11 @@
 """Draws beside the observations that they predict: shapes, and entries that were not observed."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from pyro_lightning.arguments import read_tensor
+from pyro_lightning.arguments import read_tensor, shortly
 
 
 def paired(draws: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,3 +48,27 @@ def paired(draws: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
             "rank among them. Look for NaN in what is predicted from, and in the parameters."
         )
     return draws, target
+
+
+def read_draws(value: Any, name: str) -> dict[str, torch.Tensor]:
+    """Read draws by site, as many of each.
+
+    Raises:
+        TypeError: For what is no mapping of names to tensors.
+        ValueError: For other numbers of draws, or none.
+
+    Example:
+        >>> len(read_draws({"mu": torch.zeros(5), "w": torch.zeros(5, 2)}, "posterior")["w"])
+        5
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(site, str) for site in value):
+        raise TypeError(f"{name} must be a dict of draws by site, got {shortly(value)}")
+    read = {site: read_tensor(draws, f"{name}['{site}']") for site, draws in value.items()}
+    counts = {site: draws.shape[0] if draws.dim() else 0 for site, draws in read.items()}
+    if 0 in counts.values() or len(set(counts.values())) > 1:
+        told = ", ".join(f"{count} of '{site}'" for site, count in counts.items())
+        raise ValueError(
+            f"{name} must hold equally many draws of each site, one at least, in dimension 0: "
+            f"got {told}"
+        )
+    return read

@@ -1,6 +1,6 @@
 """Whatever is passed to predictions and their scores: the right numbers, or a named error.
 
-As in ``test_bad_inputs.py``; about 250 examples, the same each time.
+As in ``test_bad_inputs.py``; about 700 examples, the same each time.
 """
 
 import math
@@ -10,17 +10,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_inputs import JUNK, examples, is_whole, result_or_named
+from test_bad_inputs import (
+    AT,
+    HALF_LOG,
+    JUNK,
+    POINT,
+    X,
+    columns,
+    examples,
+    is_whole,
+    result_or_named,
+)
 from torch.utils.data import DataLoader
 
 from pyro_lightning import (
     ArrayDataModule,
+    ELBOConvergence,
     IndexedDataset,
     IntervalCoverage,
+    KLAnnealing,
     LogPredictiveDensity,
     NegativeELBO,
     PITHistogram,
+    PosteriorMonitor,
     Prediction,
+    PyroSVIModule,
+    crps,
     interval_coverage,
     log_predictive_density,
     pit_histogram,
@@ -197,6 +212,90 @@ def test_updates_of_metrics(name):
 
 def is_number(value):
     return isinstance(value, int | float | np.generic | torch.Tensor) and np.ndim(value) == 0
+
+
+def test_draws_and_targets_of_a_crps():
+    @examples(40)
+    @given(DRAWS, TARGETS)
+    def holds(draws, target):
+        found = result_or_named(lambda: crps(draws, target), *NAMES)
+        if found is None:
+            return
+        flat, observed = known(draws, target)
+        if not len(observed) or not (np.isfinite(flat).all() and np.isfinite(observed).all()):
+            assert not math.isfinite(found[0])
+            return
+        between = np.abs(flat[:, None] - flat[None]).mean((0, 1))
+        each = np.abs(flat - observed).mean(0) - between / 2
+        assert float(found[0]) == pytest.approx(each.mean(), abs=1e-5)
+
+    holds()
+
+
+# -- log-likelihoods -------------------------------------------------------------------------------
+
+LIKELIHOODS = {
+    "data": st.sampled_from([[(X, X)], [(X, X), (X[:2], X[:2])], [], [(X, X[:2])], (X, X)]),
+    "num_samples": st.integers(-1, 5),
+    "posterior": st.sampled_from(
+        [None, {"weight": torch.full((4,), AT)}, {"weight": torch.zeros(3)}, {"typo": X}]
+    ),
+    "chunk_size": st.integers(-1, 5),
+    "parallel": st.sampled_from([None, True, False]),
+}
+
+
+@pytest.mark.parametrize("argument", LIKELIHOODS)
+def test_arguments_of_log_likelihood(argument):
+    svi = PyroSVIModule(columns, POINT, dataset_size=20)
+    svi.loss((X, X))
+
+    @examples(20)
+    @given(st.one_of(LIKELIHOODS[argument], JUNK))
+    def holds(value):
+        given_ = {"data": [(X, X)], "num_samples": 4, argument: value}
+        if argument == "num_samples" and is_whole(value) and value > 10**6:
+            return  # right, and more than memory holds
+        also = {"data": ["batch"], "posterior": ["site", "draws"]}
+        found = result_or_named(
+            lambda: svi.log_likelihood(given_.pop("data"), **given_),
+            argument,
+            *also.get(argument, []),
+        )
+        if found is None:
+            return
+        x = torch.cat([rows for rows, _ in value]) if argument == "data" else X
+        count = int(value) if argument == "num_samples" else 4
+        weight = value["weight"] if argument == "posterior" and value else torch.full((count,), AT)
+        torch.testing.assert_close(found[0]["y"], -0.5 * (x - weight[:, None] * x) ** 2 - HALF_LOG)
+
+    holds()
+
+
+# -- callbacks -------------------------------------------------------------------------------------
+
+CALLBACKS = [
+    *((ELBOConvergence, {}, name) for name in ("r_hat", "ess", "mcse", "window", "max_tracked")),
+    *((KLAnnealing, {}, name) for name in ("steps", "epochs")),
+    *((KLAnnealing, {"steps": 9}, name) for name in ("start", "cycles", "ramp", "unlimited")),
+    *(
+        (PosteriorMonitor, {}, name)
+        for name in (
+            *("sites", "every_n_epochs", "every_n_steps", "num_samples"),
+            *("interval", "max_entries", "figure_every"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "others", "argument"), CALLBACKS)
+def test_arguments_of_callbacks(kind, others, argument):
+    @examples(10)
+    @given(st.one_of(JUNK, st.floats(-1, 3)))
+    def holds(value):
+        result_or_named(lambda: kind(**{**others, argument: value}), argument, kind.__name__)
+
+    holds()
 
 
 # -- data ------------------------------------------------------------------------------------------
