@@ -283,6 +283,15 @@ def test_all_rows_at_each_draw_and_a_subsample_of_all_batches_agree():
     torch.testing.assert_close(part.log_weights, whole.log_weights, rtol=0, atol=2e-3)
 
 
+def test_a_few_draws_with_all_the_weight_do_not_say_that_a_guide_is_too_wide():
+    generator = torch.Generator().manual_seed(0)
+    theta, luck = torch.randn(2, 500, generator=generator)
+    check = judge(LogWeights({"theta": theta}, 100 * luck.double(), 0.0, 100))
+    assert not check.reliable and check.effective_size < 2
+    # The sd of one draw or two is a small part of the guide's, whatever the posterior's is.
+    assert check["theta"].sd_ratio > 5 and check["theta"].verdict == "cannot tell"
+
+
 def test_an_uncertain_subsample_gives_no_verdict():
     theta = torch.randn(500, generator=torch.Generator().manual_seed(0))
     check = judge(LogWeights({"theta": theta}, 0.1 * theta.double(), 2.0, 100))
