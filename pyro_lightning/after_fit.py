@@ -8,6 +8,7 @@ from pyro_lightning.arviz_apis import CONTAINERS, make_container
 from pyro_lightning.guide_check import GuideCheck, check_guide
 from pyro_lightning.inference_data import GROUPS, collect_groups, named_dims, read_groups
 from pyro_lightning.prediction_hooks import Predictions
+from pyro_lightning.prepared import local_sites
 
 
 class AfterFit(Predictions):
@@ -129,5 +130,6 @@ class AfterFit(Predictions):
         )
         plate = next(iter(self._row_plates()), "row")
         labels = {} if coords is None else coords
-        named = named_dims(found, plate, {} if dims is None else dims, labels)
+        local = local_sites(self) if local_latents else ()
+        named = named_dims(found, plate, {} if dims is None else dims, labels, local)
         return make_container(found, dims=named, coords=labels, container=container)

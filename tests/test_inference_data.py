@@ -197,6 +197,7 @@ def test_latents_of_rows_are_drawn_for_each_row():
     data = ArrayDataModule(x, batch_size=15)
     torch.manual_seed(0)
     found = svi.to_inference_data(data, 100, local_latents=True)
+    assert found["posterior"]["z"].dims == ("chain", "draw", "data")
     z, predicted = found["posterior"]["z"].values[0], found["posterior_predictive"]["x"].values[0]
     np.testing.assert_allclose(z, means.expand(100, N), atol=0.06)
     # A predictive draw is one around the latents of the same draw.
