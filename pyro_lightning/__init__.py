@@ -9,6 +9,7 @@ from pyro_lightning.guide_check import GuideCheck
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.intervals import interval_coverage
 from pyro_lightning.metrics import (
+    CRPS,
     IntervalCoverage,
     LogPredictiveDensity,
     NegativeELBO,
@@ -19,6 +20,7 @@ from pyro_lightning.prediction import Prediction
 from pyro_lightning.prediction_writer import PredictionWriter
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
+from pyro_lightning.scores import crps
 from pyro_lightning.simulated_fits import simulation_based_calibration
 from pyro_lightning.site_check import SiteCheck
 from pyro_lightning.site_table import SiteTable
@@ -30,6 +32,7 @@ __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
     "CalibrationCheck",
+    "CRPS",
     "DataPlateMessenger",
     "FailedBatch",
     "GuideCheck",
@@ -48,6 +51,7 @@ __all__ = [
     "SiteCheck",
     "SiteTable",
     "batch_weight",
+    "crps",
     "dataset_size_of",
     "interval_coverage",
     "log_predictive_density",

@@ -9,7 +9,6 @@ from lightning.pytorch import LightningDataModule
 from pyro_lightning._lightning import stage_loader
 from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import loaders_in
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, read_prediction
@@ -22,6 +21,7 @@ from pyro_lightning.predictive import (
 from pyro_lightning.prepared import rows_from_prior
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.row_order import number_rows_, numbering, rows_in_order
+from pyro_lightning.spawned import Spawned
 
 
 class PredictionRun:
@@ -83,7 +83,7 @@ class PredictionRun:
             )
 
 
-class Predictions(Checkpoints):
+class Predictions(Spawned):
     """Predicts batches, and tells how likely what was observed in them is."""
 
     _prediction: Prediction
