@@ -5,9 +5,11 @@ from pyro_lightning.checkpoint_io import AtomicCheckpointIO
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.densities import log_predictive_density
 from pyro_lightning.elbo import negative_elbo
+from pyro_lightning.elbo_convergence import ELBOConvergence
 from pyro_lightning.guide_check import GuideCheck
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.intervals import interval_coverage
+from pyro_lightning.kl_annealing import KLAnnealing
 from pyro_lightning.metrics import (
     CRPS,
     IntervalCoverage,
@@ -16,8 +18,10 @@ from pyro_lightning.metrics import (
     PITHistogram,
 )
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.posterior_monitor import PosteriorMonitor
 from pyro_lightning.prediction import Prediction
 from pyro_lightning.prediction_writer import PredictionWriter
+from pyro_lightning.progress_bar import SVIProgressBar
 from pyro_lightning.row_optim import RowAdam, RowAdamW
 from pyro_lightning.rows import IndexedBatch, IndexedDataset
 from pyro_lightning.scores import crps
@@ -31,23 +35,27 @@ from pyro_lightning.watched import FailedBatch
 __all__ = [
     "ArrayDataModule",
     "AtomicCheckpointIO",
-    "CalibrationCheck",
     "CRPS",
+    "CalibrationCheck",
     "DataPlateMessenger",
+    "ELBOConvergence",
     "FailedBatch",
     "GuideCheck",
     "IndexedBatch",
     "IndexedDataset",
     "IntervalCoverage",
+    "KLAnnealing",
     "LogPredictiveDensity",
     "NegativeELBO",
     "PITHistogram",
+    "PosteriorMonitor",
     "Prediction",
     "PredictionWriter",
     "PyroSVIModule",
     "RankCheck",
     "RowAdam",
     "RowAdamW",
+    "SVIProgressBar",
     "SiteCheck",
     "SiteTable",
     "batch_weight",

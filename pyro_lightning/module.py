@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_lightning.after_fit import AfterFit
 from pyro_lightning.arguments import read_callable, read_count, read_flag
@@ -126,10 +128,10 @@ class PyroSVIModule(AfterFit):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        guide: Any = AutoNormal,
+        guide: Callable[[Any], AutoGuide] | Callable[..., Any] = AutoNormal,
         elbo: ELBO | EnergyDistance | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | Callable[..., Any] | None = None,
         *,
         data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
@@ -260,7 +262,7 @@ class PyroSVIModule(AfterFit):
 
         With ``steps_per_batch`` the batch is cut, and an optimizer step taken on each part.
         """
-        with InHand(self, "training", batch, batch_idx, 0):
+        with InHand(self, "training", batch, batch_idx, 0), self._annealed():
             if steps := self._begin():
                 return self._pass_over(steps)
             self._follow_loader(batch)

@@ -71,6 +71,28 @@ def test_a_subclass_is_fitted_from_yaml_to_the_exact_posterior(write):
     assert ((draws.std(0) / sd - 1).abs() < 0.25).all()
 
 
+def test_callbacks_are_named_in_yaml(write):
+    pytest.importorskip("rich", reason="needs the extra rich")
+    named = {
+        "KLAnnealing": {"epochs": 1, "start": 0.5},
+        "ELBOConvergence": {"window": 20, "r_hat": 3.0, "ess": 1, "mcse": 1},
+        "PosteriorMonitor": {"sites": ["w"], "num_samples": 10, "figure_every": 0},
+        "SVIProgressBar": {"refresh_rate": 10},
+    }
+    callbacks = [
+        {"class_path": f"pyro_lightning.{name}", "init_args": given}
+        for name, given in named.items()
+    ]
+    changes = {"callbacks": callbacks, "enable_progress_bar": True, "log_every_n_steps": 1}
+    model = {"class_path": "cli_models.Regression", "init_args": {"decay": 1.0}}
+    path = write(trainer={**config()["trainer"], **changes}, model=model)
+    trainer = main(["fit", "--config", path]).trainer
+    held = {type(each).__name__ for each in trainer.callbacks}
+    assert named.keys() <= held
+    assert {"kl_weight", "r_hat", "ess", "mcse"} <= trainer.callback_metrics.keys()
+    assert trainer.current_epoch < 60
+
+
 def test_a_fit_from_yaml_is_the_fit_of_a_script(write):
     torch.manual_seed(3)
     script = Regression()
@@ -147,7 +169,6 @@ def test_predictions_are_described_in_yaml_and_made_from_a_checkpoint(write, tmp
     assert fitted.model.prediction == Prediction(7, summary=("mean", 0.95), seed=1)
     loaded = Predicted.load_from_checkpoint(tmp_path / "fit.ckpt")
     assert loaded.prediction == fitted.model.prediction
-    (tmp_path / "config.yaml").unlink()  # that of the fit, which LightningCLI would not overwrite
     args = ["predict", "--config", path, "--ckpt_path", str(tmp_path / "fit.ckpt")]
     predicted = main(args)
     expected = quiet_trainer().predict(fitted.model, datamodule=fitted.datamodule)
