@@ -126,6 +126,39 @@ def test_nothing_is_returned_where_nothing_is_to_be_kept(tmp_path):
     assert PredictionWriter.open(tmp_path).sizes["row"] == N
 
 
+@pytest.mark.parametrize("format", ["zarr", "netcdf"])
+def test_sites_may_have_any_name_but_that_of_a_dimension(tmp_path, format):
+    names = {"scope/x": 0, "net.w": 1, "100%": 2, "two words": 3}
+
+    def named(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            for name, number in names.items():
+                pyro.deterministic(name, number + x + mu[..., None], event_dim=1)
+            pyro.sample("x", dist.Normal(mu, 1.0).expand(x.shape[-1:]).to_event(1), obs=x)
+
+    svi = PyroSVIModule(named, dataset_size=N, prediction=Prediction(S, parallel=False))
+    svi.loss(X)
+    kept = predicted(svi, DataLoader(X, batch_size=5), tmp_path, format)
+    stored = PredictionWriter.open(tmp_path)
+    assert set(stored.data_vars) == {*names, "x"}
+    for name in names:
+        assert np.array_equal(stored[name].values, kept[name])
+        assert stored[name].dims == ("draw", "row", f"{name}_dim_0")
+
+
+def test_a_site_of_the_name_of_a_dimension_is_refused(tmp_path):
+    def named(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("row", dist.Normal(mu, 1.0), obs=x)
+
+    svi = PyroSVIModule(named, dataset_size=N)
+    svi.loss(X[:, 0])
+    with pytest.raises(ValueError, match="site 'row' has the name of a dimension"):
+        predicted(svi, DataLoader(X[:, 0]), tmp_path)
+
+
 def test_the_progress_bar_tells_of_batches_that_are_stored(tmp_path, capsys):
     trainer = quiet_trainer(callbacks=[PredictionWriter(tmp_path)], enable_progress_bar=True)
     trainer.predict(module(), DataLoader(X, batch_size=5), return_predictions=False)
