@@ -292,3 +292,18 @@ def test_a_check_prints_its_sites_verdict_and_reference():
     console = rich.Console(width=200, record=True, file=io.StringIO())
     console.print(check)
     assert "Pareto k-hat" in console.export_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("max_rows", [None, 30])
+def test_a_check_on_the_gpu_is_that_on_the_cpu(max_rows):
+    data = correlated_data(0.5)
+    mean, precision = exact_posterior(*data)
+    svi = PyroSVIModule(regression, NormalGuide(mean, torch.linalg.inv(precision)), dataset_size=N)
+    svi.loss(data)
+    svi.cuda()
+    check = svi.check_guide(ArrayDataModule(data, batch_size=10), 200, max_rows=max_rows)
+    assert check.draws["w"].is_cuda and check.k < 0.7
+    # The weights of the exact posterior are all the evidence.
+    assert check.log_weights.std() < 5 * check.standard_error + 1e-2

@@ -264,7 +264,7 @@ def test_likelihoods_sum_out_what_the_elbo_sums_out():
     np.testing.assert_allclose(found["log_likelihood"]["x"][0], expected, atol=1e-5)
 
 
-def test_an_inference_data_needs_arviz_before_1(monkeypatch):
+def test_without_arviz_the_error_says_what_to_install(monkeypatch):
     import pyro_lightning.arviz_apis as apis
 
     def missing(name):
@@ -274,6 +274,8 @@ def test_an_inference_data_needs_arviz_before_1(monkeypatch):
     monkeypatch.setattr(apis, "import_module", missing)
     with pytest.raises(ImportError, match=r"pip install \"pyro-lightning\[arviz\]\""):
         svi.to_inference_data(data, 10)
+    with pytest.raises(ImportError, match="needs ArviZ 1.x, of which arviz-base is enough"):
+        svi.to_inference_data(data, 10, container="DataTree")
     with pytest.raises(ImportError, match="needs ArviZ before 1.0"):
         svi.to_inference_data(data, 10, container="InferenceData")
 
