@@ -294,6 +294,27 @@ def test_a_check_prints_its_sites_verdict_and_reference():
     assert "Pareto k-hat" in console.export_text()
 
 
+def test_a_check_leaves_parameters_gradients_and_buffers_as_they_were():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)  # whose statistics move in every run
+
+        def forward(self, x, y):
+            regression(self.norm(x), y)
+
+    svi = PyroSVIModule(Scaled(), AutoNormal, dataset_size=N)
+    svi.loss(correlated_data())
+    before = {name: value.clone() for name, value in svi.state_dict().items()}
+    data = ArrayDataModule(correlated_data(), batch_size=10)
+    for max_rows in (None, 40):
+        svi.check_guide(data, 100, max_rows=max_rows)
+    after = svi.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in svi.parameters())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("max_rows", [None, 30])
