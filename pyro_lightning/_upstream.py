@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.optim import Optimizer
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 
 def answer_to_check() -> bool | None:
@@ -150,6 +151,19 @@ def open_records(path: str) -> None:
         RuntimeError: When torch finds the table damaged; it is stricter than Python's zipfile.
     """
     torch._C.PyTorchFileReader(path)
+
+
+def came_from_data(error: Exception) -> bool:
+    """Whether a ``DataLoader`` met an error as it asked a map-style data set for rows.
+
+    A ``StopIteration`` of a data set is one, which is else the end of a loader.
+    """
+    trace, fetch = error.__traceback__, _MapDatasetFetcher.fetch.__code__
+    while trace is not None:
+        if trace.tb_frame.f_code is fetch:
+            return True
+        trace = trace.tb_next
+    return came_from_worker(error)
 
 
 def came_from_worker(error: Exception) -> bool:

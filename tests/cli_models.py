@@ -105,6 +105,7 @@ class Predicted(PyroSVIModule):
 
     def __init__(self, prediction: Prediction | None = None):
         super().__init__(prediction=prediction)
+        self.save_hyperparameters()
 
     def model(self, x, y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))

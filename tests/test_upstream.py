@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from pyro_lightning._lightning import wrapped_batches
 from pyro_lightning._upstream import (
     answer_to_check,
+    came_from_data,
     class_made_by,
     compile_graph,
     copy_all,
@@ -281,6 +282,26 @@ def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RuntimeError, match="PytorchStreamReader"):
         open_records(str(path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_a_data_set_are_told_from_the_end_of_its_loader(workers):
+    class Ends(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise StopIteration
+
+    def end_of(data):
+        batches = iter(torch.utils.data.DataLoader(data, num_workers=workers))
+        with pytest.raises(StopIteration) as caught:
+            while True:
+                next(batches)
+        return caught.value
+
+    assert came_from_data(end_of(Ends()))
+    assert not came_from_data(end_of(range(2)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older releases have this name alone
