@@ -328,6 +328,9 @@ def test_configurations_of_the_examples_run(name, monkeypatch):
     cli = main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_epochs=1"])
     assert cli.trainer.current_epoch == 1
     assert torch.isfinite(cli.trainer.callback_metrics["train_loss"])
+    if name == "checked":
+        logged = {"val_elpd", "val_elpd_se", "val_coverage_0.9", "kl_weight"}
+        assert logged <= cli.trainer.callback_metrics.keys()
 
 
 def test_without_jsonargparse_the_extra_is_named(monkeypatch):
