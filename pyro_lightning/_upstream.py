@@ -1,8 +1,9 @@
-"""The private names of Pyro and torch that are leant on, each with a test of its own."""
+"""The private names of Pyro, torch and jsonargparse that are leant on, each with its test."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,6 +173,18 @@ def came_from_worker(error: Exception) -> bool:
     """
     message = str(error.args[0]) if error.args else ""
     return message.startswith("Caught ") and " in DataLoader worker process " in message
+
+
+def class_made_by(factory: Any) -> Any:
+    """Find what a factory makes an instance of: the function of a ``functools.partial``.
+
+    A class path whose first arguments are left open, such as a guide's model, jsonargparse makes a
+    partial of a function of its own, with the class as last of its arguments.
+    """
+    if not isinstance(factory, partial):
+        return factory
+    ours = getattr(factory.func, "__module__", None) or ""
+    return factory.args[-1] if ours.split(".")[0] == "jsonargparse" else factory.func
 
 
 def mask_of_distribution(fn: MaskedDistribution) -> bool | torch.Tensor:

@@ -50,7 +50,9 @@ def step_inputs(module: Any, batch: Any) -> StepInputs:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     n = module._known_size()
     masks = tuple(sorted(module._masks.items()))
-    key = (flat.structure, size, n, rows is None, masks, autocast, torch.get_default_dtype())
+    # A trace holds the tensor of a weight itself, and reads what it is filled with.
+    types = autocast, torch.get_default_dtype(), id(module._kl_scale)
+    key = (flat.structure, size, n, rows is None, masks, *types)
     return StepInputs(flat, size, rows, key)
 
 

@@ -15,6 +15,7 @@ from pyro_lightning.guards import Guard, find_guards
 from pyro_lightning.guides import drop_weak_references_
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.held_out import PriorMessenger, without_sites
+from pyro_lightning.kl_weight import KLWeight
 from pyro_lightning.masked_latents import KEPT, open_masks
 from pyro_lightning.masks import CarriedMasks
 from pyro_lightning.names import Names, defined_by_user, names_of_libraries, names_read
@@ -26,7 +27,7 @@ from pyro_lightning.skipped import size_without
 STATE_N = "PyroSVIModule(..., dataset_size=N), or an attribute dataset_size of the datamodule"
 
 
-class Runs(RowHooks, ModelOwner):
+class Runs(RowHooks, KLWeight, ModelOwner):
     """Runs model and guide on a batch, with the scale where it belongs and parameters its own."""
 
     elbo: ELBO | EnergyDistance
@@ -106,6 +107,8 @@ class Runs(RowHooks, ModelOwner):
             if unseen:
                 model, guide = PriorMessenger(unseen)(model), without_sites(guide, unseen)
             model, guide = self._masked(model, guide)
+            if not held_out:
+                model, guide = self._weighed(model, guide)
             # The first run only checks, and leaves them as they are.
             baselines = self._baselines if self._initialised else None
             handler = self._handler(rows)
@@ -127,6 +130,7 @@ class Runs(RowHooks, ModelOwner):
         """Compute the loss from a batch's arguments alone, for a trace of it."""
         with self._isolated() as handled, self._taken_rows(batch_size):
             model, guide = self._masked(handled(self.model), handled(self.guide))
+            model, guide = self._weighed(model, guide)
             handler = self._handler(batch_size)
             return run_elbo(self.elbo, model, guide, args, kwargs, handler)[0]
 

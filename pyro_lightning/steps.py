@@ -136,6 +136,7 @@ class ManySteps(WholeSteps):
         self, part: Any, optimizer: Any, index: int, repeats: bool = False
     ) -> StepResult | None:
         """Take a step; returns its result, None where it is skipped."""
+        self._set_kl_weight()
         rows = 0 if repeats else self.num_rows(data_of(part))
         loss_of = partial(self._weighted_loss, part, rows)
         # Before the optimizer is called, which could not be told to leave a step out. Its first
@@ -224,6 +225,7 @@ class ManySteps(WholeSteps):
                     if fused.scheduled and not fused.fits():
                         break
                     known = structure
+                    self._set_kl_weight()
                     put_back = kept_tensors(self) if self._skips else None
                     losses.append(fused.step(rows, given, weight))
                     if put_back is not None and not torch.isfinite(losses[-1]):

@@ -10,7 +10,7 @@ from pyro.infer import TraceEnum_ELBO, TraceTMC_ELBO
 SEE_TABLE = "svi.site_table(batch) lists every site."
 
 # What TraceEnum_ELBO says where the sites that it sums over do not share one scale.
-_SCALES_DIFFER = "share a common poutine.scale"
+SCALES_DIFFER = "share a common poutine.scale"
 
 
 def check_guide_sites(model_sites: Iterable[Any], guide_sites: Iterable[Any], elbo: Any) -> None:
@@ -126,7 +126,7 @@ def explained_scales(
         yield
     except ValueError as error:
         culprits = global_enumerated(model_sites, guide_sites, elbo, plates)
-        if _SCALES_DIFFER not in str(error) or not culprits:
+        if SCALES_DIFFER not in str(error) or not culprits:
             raise
         outside = " and ".join(map(described, culprits))
         scaled = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_models import NOISE, Regression, Rows, regression_rows
+from cli_models import NOISE, Predicted, Regression, Rows, regression_rows
 from lightning.pytorch.cli import LightningCLI
 from support import quiet_trainer
 
@@ -69,6 +69,28 @@ def test_a_subclass_is_fitted_from_yaml_to_the_exact_posterior(write):
     # After 600 steps the noise of the steps is left; without the scale the sds are 3.2 times these.
     assert ((draws.mean(0) - exact).abs() < 0.2 * sd).all()
     assert ((draws.std(0) / sd - 1).abs() < 0.25).all()
+
+
+def test_callbacks_are_named_in_yaml(write):
+    pytest.importorskip("rich", reason="needs the extra rich")
+    named = {
+        "KLAnnealing": {"epochs": 1, "start": 0.5},
+        "ELBOConvergence": {"window": 20, "r_hat": 3.0, "ess": 1, "mcse": 1},
+        "PosteriorMonitor": {"sites": ["w"], "num_samples": 10, "figure_every": 0},
+        "SVIProgressBar": {"refresh_rate": 10},
+    }
+    callbacks = [
+        {"class_path": f"pyro_lightning.{name}", "init_args": given}
+        for name, given in named.items()
+    ]
+    changes = {"callbacks": callbacks, "enable_progress_bar": True, "log_every_n_steps": 1}
+    model = {"class_path": "cli_models.Regression", "init_args": {"decay": 1.0}}
+    path = write(trainer={**config()["trainer"], **changes}, model=model)
+    trainer = main(["fit", "--config", path]).trainer
+    held = {type(each).__name__ for each in trainer.callbacks}
+    assert named.keys() <= held
+    assert {"kl_weight", "r_hat", "ess", "mcse"} <= trainer.callback_metrics.keys()
+    assert trainer.current_epoch < 60
 
 
 def test_a_fit_from_yaml_is_the_fit_of_a_script(write):
@@ -145,7 +167,8 @@ def test_predictions_are_described_in_yaml_and_made_from_a_checkpoint(write, tmp
     fitted = main(["fit", "--config", path, "--trainer.max_epochs=1"])
     fitted.trainer.save_checkpoint(tmp_path / "fit.ckpt")
     assert fitted.model.prediction == Prediction(7, summary=("mean", 0.95), seed=1)
-    (tmp_path / "config.yaml").unlink()  # that of the fit, which LightningCLI would not overwrite
+    loaded = Predicted.load_from_checkpoint(tmp_path / "fit.ckpt")
+    assert loaded.prediction == fitted.model.prediction
     args = ["predict", "--config", path, "--ckpt_path", str(tmp_path / "fit.ckpt")]
     predicted = main(args)
     expected = quiet_trainer().predict(fitted.model, datamodule=fitted.datamodule)
