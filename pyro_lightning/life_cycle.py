@@ -39,6 +39,7 @@ from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.layout import shapes_of
+from pyro_lightning.learning_rate import set_learning_rate
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
@@ -74,6 +75,7 @@ class LifeCycle(Runs):
     _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
     _given_size: int | None
     _checks: bool
+    lr: float | None
     steps_per_batch: int = 1
     _watched: Mapping[str, Any] = MappingProxyType({})
     _rows_per_step: int | None = None
@@ -348,6 +350,7 @@ class LifeCycle(Runs):
             raise TypeError(
                 f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
             )
+        set_learning_rate(made, self.lr)
         optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:

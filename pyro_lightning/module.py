@@ -101,6 +101,10 @@ class PyroSVIModule(Predictions):
             predictive draws ``(S, B, ...)``; ``preds``, their mean; ``target``; ``log_likelihood``,
             ``(S, B)``; ``loss_per_obs``; ``rows``, B. See :meth:`metrics_of`.
 
+    Attributes:
+        lr: A learning rate in the place of the optimizer's, in all of its groups, from the next fit
+            on; None by default. ``Tuner.lr_find`` and ``LearningRateFinder`` set it.
+
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
         ValueError: When model or guide is missing or given twice, or a number or name is none of
@@ -143,6 +147,8 @@ class PyroSVIModule(Predictions):
         before = set(vars(self))
         super().__init__()
         self._fit_state = FitState()
+        # Of the object, so that a subclass may hold a network by this name.
+        self.__dict__.setdefault("lr", None)
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
