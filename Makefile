@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test examples clean
+.PHONY: demo test examples docs clean
 
 # The main job: a regression of flight delays on real data, its posterior as a table and a figure.
 demo: .venv/demo
@@ -13,14 +13,25 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pyro_lightning
+	$(MAKE) docs
 	$(MAKE) examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --doctest-modules pyro_lightning tests
+
+# The site, in .venv/site; a warning is an error. The variable silences an announcement of mkdocs.
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 
 # Every example with tiny arguments: they run, the figures mean nothing.
 examples: .venv/test
 	$(BIN)/python examples/flights.py --epochs 1 --rows 3000 --output .venv/examples
 	$(BIN)/python examples/two_ways.py --rows 500 --steps 50 --output .venv/examples
 	$(BIN)/python examples/streaming.py --rows 3000 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/visits.py --epochs 1 --output .venv/examples
+	$(BIN)/python examples/bnn.py --rows 2000 --hidden 4 --epochs 1 --draws 5 --output .venv/examples
+	$(BIN)/python examples/vae.py --hidden 4 --batch-size 500 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/mixture.py --epochs 1 --output .venv/examples
+	$(BIN)/python examples/movielens.py --least 100 --factors 1 --epochs 1 --output .venv/examples
+	$(BIN)/python examples/series.py --epochs 1 --output .venv/examples
 	$(BIN)/python benchmarks/memory.py --rows 100000 --steps 20
 	$(BIN)/python benchmarks/reading.py --rows 100000 --batches 20 --rounds 1
 	$(BIN)/python benchmarks/rows.py --rows 1000 10000 --steps 2 --rounds 2
@@ -42,7 +53,7 @@ examples: .venv/test
 # litdata asks for torchvision, which is not used here. PyPI's is built for a GPU: beside the CPU
 # build of torch it cannot be imported, nor can torchmetrics, which imports it where it is installed.
 .venv/test: .venv/torch pyproject.toml
-	$(PIP) -e ".[test,dev]"
+	$(PIP) -e ".[test,dev,docs]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 

@@ -50,6 +50,16 @@ def loses_new_parameters(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def ends_in_child(module: LightningModule) -> bool:
+    """Whether a fit has ended in a process whose launcher hands its weights to the one before."""
+    trainer = module._trainer
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return False
+    ended, launcher = trainer.state.status == TrainerStatus.FINISHED, trainer.strategy.launcher
+    # Where they were started from, the launcher lists the processes.
+    return ended and isinstance(launcher, _MultiProcessingLauncher) and not launcher.procs
+
+
 def resumes_fit(module: LightningModule) -> bool:
     """Whether a checkpoint is loaded to go on with its fit."""
     return stage_of(module) == TrainerFn.FITTING.value

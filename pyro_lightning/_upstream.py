@@ -1,8 +1,9 @@
-"""The private names of Pyro and torch that are leant on, each with a test of its own."""
+"""The private names of Pyro, torch and jsonargparse that are leant on, each with its test."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.optim import Optimizer
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 
 def answer_to_check() -> bool | None:
@@ -151,6 +153,19 @@ def open_records(path: str) -> None:
     torch._C.PyTorchFileReader(path)
 
 
+def came_from_data(error: Exception) -> bool:
+    """Whether a ``DataLoader`` met an error as it asked a map-style data set for rows.
+
+    A ``StopIteration`` of a data set is one, which is else the end of a loader.
+    """
+    trace, fetch = error.__traceback__, _MapDatasetFetcher.fetch.__code__
+    while trace is not None:
+        if trace.tb_frame.f_code is fetch:
+            return True
+        trace = trace.tb_next
+    return came_from_worker(error)
+
+
 def came_from_worker(error: Exception) -> bool:
     """Whether an error is that of a batch which a worker of a ``DataLoader`` could not make.
 
@@ -158,6 +173,18 @@ def came_from_worker(error: Exception) -> bool:
     """
     message = str(error.args[0]) if error.args else ""
     return message.startswith("Caught ") and " in DataLoader worker process " in message
+
+
+def class_made_by(factory: Any) -> Any:
+    """Find what a factory makes an instance of: the function of a ``functools.partial``.
+
+    A class path whose first arguments are left open, such as a guide's model, jsonargparse makes a
+    partial of a function of its own, with the class as last of its arguments.
+    """
+    if not isinstance(factory, partial):
+        return factory
+    ours = getattr(factory.func, "__module__", None) or ""
+    return factory.args[-1] if ours.split(".")[0] == "jsonargparse" else factory.func
 
 
 def mask_of_distribution(fn: MaskedDistribution) -> bool | torch.Tensor:

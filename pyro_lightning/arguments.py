@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,6 +165,40 @@ def read_device(value: Any) -> Any:
         return torch.device(value)
     except RuntimeError as error:
         raise ValueError(f'device must be None, "auto" or a device, got {value!r}') from error
+
+
+def read_path(value: Any, name: str) -> Any:
+    """Read a path or an address, or an open file.
+
+    Raises:
+        TypeError: For anything else, as a number, which Python takes for an open file's.
+        ValueError: For a path that no system knows.
+    """
+    if not isinstance(value, str | os.PathLike) and not hasattr(value, "read"):
+        raise TypeError(f"{name} must be a path, an address or an open file, got {shortly(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} must be a path without null bytes, got {value!r}")
+    return value
+
+
+def read_map_location(value: Any, name: str = "map_location") -> Any:
+    """Read where ``torch.load`` puts tensors.
+
+    Raises:
+        TypeError: For what is neither a device nor a dict or a callable.
+        ValueError: For a name that torch does not know.
+    """
+    if value is None or isinstance(value, torch.device | Mapping) or callable(value):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a device, a dict of devices or a callable, got {shortly(value)}"
+        )
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must name a device, got {value!r}") from error
+    return value
 
 
 def shortly(value: Any) -> str:

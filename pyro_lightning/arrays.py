@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from pyro_lightning.array_files import opened
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.rows import IndexedBatch
 from pyro_lightning.sources import source_of_arrays
 
-Arrays = Any  # a tensor, array or memmap; or a tuple, list or mapping of them
+Arrays = Any  # a tensor, array, memmap or path; or a tuple, list or mapping of them
 
 _NOT_INDEXED = "uint16", "uint32", "uint64"
 _COPIED_AT_ONCE = 2**24  # bytes that go to a device at once, so that a memmap is not loaded whole
@@ -30,7 +31,8 @@ class Columns:
     """Arrays with the same number of rows, and how rows of them become a batch.
 
     Args:
-        arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each.
+        arrays: A tensor, array or memmap, or a tuple or mapping of them, with N rows each; or
+            paths of files, as :func:`pyro_lightning.array_files.opened` reads them.
 
     Attributes:
         device: Where copies of the arrays are kept; None for where the arrays are.
@@ -44,6 +46,7 @@ class Columns:
     _readers: list[Callable[[Any], torch.Tensor]]
 
     def __init__(self, arrays: Arrays) -> None:
+        arrays = opened(arrays)
         named = _named(arrays)
         if not named:
             raise ValueError("expected at least one array in arrays, got none")

@@ -1,5 +1,7 @@
 """When compiled code that is trusted is compared with eager again."""
 
+from typing import Any
+
 # Steps between two comparisons: they double, as long as nothing is found.
 _FIRST, _LONGEST = 16, 10_000
 _EARLY = 16  # comparisons that the start of an epoch calls for, however short epochs are
@@ -45,3 +47,15 @@ class Schedule:
             self._interval = min(2 * self._interval, _LONGEST)
         self.last, self._epoch = steps, epoch
         self._count += 1
+
+    def kept(self) -> list[int | None]:
+        """Return what :meth:`of` makes an equal one of."""
+        return [self.last, self._epoch, self._interval, self._count]
+
+    @classmethod
+    def of(cls, kept: list[Any]) -> "Schedule":
+        """Make a schedule of what :meth:`kept` returned."""
+        last, epoch, interval, count = kept
+        made = cls(last, epoch)
+        made._interval, made._count = interval, count
+        return made

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from pyro_lightning.arguments import read_flag, read_map_location, read_path
 from pyro_lightning.checkpoint_files import verify_checkpoint_file, write_atomically
 from pyro_lightning.weights_only import refuse_code
 
@@ -42,6 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write a checkpoint: all of it, or nothing."""
         refuse_code(checkpoint)
+        read_path(path, "path")
         if storage_options is not None or _is_address(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -60,8 +62,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         ``weights_only=False`` is the user's own word.
         """
-        verify_local_file(path)
-        return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
+        verify_local_file(read_path(path, "path"))
+        safe = weights_only is None or read_flag(weights_only, "weights_only")
+        return super().load_checkpoint(path, read_map_location(map_location), safe)
 
 
 def verify_local_file(path: Any) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pyro_lightning._lightning import restricted_classmethod, resumes_fit, stage_of
+from pyro_lightning.arguments import read_flag, read_map_location, read_path
 from pyro_lightning.batches import map_tensors
 from pyro_lightning.checkpoint_io import use_safe_files, verify_local_file
 from pyro_lightning.few_rows import FewRows
@@ -162,8 +163,13 @@ class Checkpoints(StateDicts):
             >>> svi.posterior_samples(5)["mu"].shape, svi.dataset_size
             (torch.Size([5]), 9)
         """
-        verify_local_file(checkpoint_path)
-        safe = weights_only is None or weights_only
+        verify_local_file(read_path(checkpoint_path, "checkpoint_path"))
+        safe = weights_only is None or read_flag(weights_only, "weights_only")
+        read_map_location(map_location)
+        if hparams_file is not None:
+            read_path(hparams_file, "hparams_file")
+        if strict is not None:
+            read_flag(strict, "strict")
         if safe:
             # A name in a file, which has Lightning import and call what the arguments there say.
             kwargs["_instantiator"] = None

@@ -59,6 +59,10 @@ def check_elbo(elbo: Any) -> None:
             )
     if not isinstance(elbo, SERVED):
         raise TypeError(f"elbo must be an instance of one of {served}; got {name}")
+    nesting = getattr(elbo, "max_plate_nesting", None)
+    if isinstance(nesting, float) and nesting.is_integer():
+        # A command line reads it as a float, which Pyro's default is: infinity.
+        elbo.max_plate_nesting = int(nesting)
 
 
 def check_optimizer(optimizer: Any) -> None:

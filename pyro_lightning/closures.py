@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 
 # What these packages hold of a user's stands in closures and handlers, not in their own globals.
-_LIBRARIES = {"builtins", "torch", "pyro", "lightning", "pyro_lightning", "numpy"}
+_LIBRARIES = {"builtins", "torch", "torchmetrics", "pyro", "lightning", "pyro_lightning", "numpy"}
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor)
 LONGEST = 1000  # a longer list or dict holds data, not networks
 _OWNED = {"_parameters", "_buffers", "_modules"}

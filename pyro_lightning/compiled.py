@@ -1,5 +1,6 @@
 """Compiled losses of a module: one for each batch shape, compared with eager before its use."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from pyro_lightning.compared import (
     of_program,
     trained,
 )
+from pyro_lightning.entries import Entry, label_of
 from pyro_lightning.fused import FusedStep, has_state
 from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
 from pyro_lightning.program import Program, StepInputs, step_inputs
@@ -64,49 +66,6 @@ def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
     return named or bool(options.get("options", {}).get("triton.cudagraphs"))
 
 
-class _Entry:
-    """A batch shape with the Python state of its steps."""
-
-    def __init__(self, key: Any, guards: list[Guard], new: set[str]) -> None:
-        self.key = key
-        self.new = new  # the places that made it another entry
-        self.uses = 0
-        self.failed = False
-        self.anew = False  # traced a second time, since something had changed unseen
-        self.begin(guards)
-
-    def begin(self, guards: list[Guard]) -> None:
-        """Forget a trace."""
-        self.guards = [guard for guard in guards if not guard.moves]
-        self.moving = [guard for guard in guards if guard.moves]
-        self.program: Program | None = None
-        self.traced_on: list[torch.Tensor] = []
-        self.compared = False
-        self.schedule: Schedule | None = None  # there is one once it is compared on another batch
-        self.largest = 0.0
-        self.compiled = False
-        self.fused: FusedStep | None = None
-        self.optimizer: Any = None
-        self.made = 0
-        self.waits = False  # for a step that is compiled whole
-
-    @property
-    def trusted(self) -> bool:
-        """Whether it was compared on another batch than the one that it was traced on."""
-        return self.schedule is not None
-
-    def is_due(self, epoch: int | None) -> bool:
-        """Whether it is to be compared with eager in this step."""
-        if self.schedule is None or self.program is None:
-            return False
-        return self.schedule.due(self.program.steps, epoch)
-
-    def parameters_changed(self) -> str | None:
-        """Say so when parameters are of another kind than in the trace."""
-        fits = self.program is None or self.program.fits()
-        return None if fits else "requires_grad or type of parameters"
-
-
 class CompiledLoss:
     """Computes a module's loss by compiled code where it can be trusted.
 
@@ -130,10 +89,11 @@ class CompiledLoss:
         self.strict = strict
         self.traces = 0
         self.compilations = 0
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._warned: set[str] = set()
         self._asked = 0
         self._draws = False
+        self._expected: dict[str, dict[str, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to a process and to one module's tensors.
@@ -141,6 +101,48 @@ class CompiledLoss:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """Return how far each batch shape is; of two that look alike, neither."""
+        counts = Counter(entry.label for entry in self._entries)
+        known = (entry for entry in self._entries if not entry.failed)
+        found = {entry.label: entry.kept() for entry in known if counts[entry.label] == 1}
+        return {**self._expected, **found}
+
+    def go_on(self, kept: dict[str, dict[str, Any]]) -> None:
+        """Begin anew as the fit that was saved: each step is eager or compiled as it was there."""
+        self.__setstate__(self.__getstate__())
+        self._expected = dict(kept)
+        self.traces = sum(record["traced"] for record in kept.values())
+
+    def _catch_up(self, module: Any, batch: Any, inputs: StepInputs, entry: Entry) -> None:
+        """Trace what was traced before a fit went on, and compare it, beside the step itself."""
+        record = entry.record
+        if record is None or entry.failed:
+            return
+        if entry.program is None:
+            with failing(entry):
+                self._trace(module, inputs, entry)
+            self.traces -= 1  # it was counted
+            entry.began = _epoch(module)
+            if not record["compared"]:
+                return  # this step is eager, too, and the next one compiled
+        elif all(map(torch.equal, entry.traced_on, inputs.flat.tensors)):
+            return
+        assert entry.program is not None
+        parameters, put_back = trained(module), module._kept()
+        try:
+            expected = of_eager(module._run(batch).loss, parameters)  # whose errors are the user's
+        finally:
+            put_back()
+        with failing(entry):
+            found = of_graph(module, entry.program, inputs, parameters)
+            compare(found, expected, "a trace", record["largest"])
+        entry.caught_up(entry.began)
+
+    # -- steps -----------------------------------------------------------------------------------
 
     def loss(self, module: Any, batch: Any) -> torch.Tensor | None:
         """Return the loss of a batch, or None where the eager loss serves.
@@ -154,6 +156,7 @@ class CompiledLoss:
         with self._refusing():
             inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
+            self._catch_up(module, batch, inputs, entry)
             entry.uses += 1
             if entry.failed or not self._is_traced(module, inputs, entry):
                 return None
@@ -184,6 +187,7 @@ class CompiledLoss:
         with self._refusing():
             inputs = self._inputs(module, batch)
             entry = self._entry(module, inputs)
+            self._catch_up(module, batch, inputs, entry)
             if entry.failed or not entry.trusted or entry.is_due(_epoch(module)):
                 return None  # :meth:`loss` brings it nearer, or compares it
             with failing(entry):
@@ -193,7 +197,7 @@ class CompiledLoss:
             return fused
         return None
 
-    def _fused(self, entry: _Entry, optimizer: Optimizer, inputs: StepInputs) -> FusedStep | None:
+    def _fused(self, entry: Entry, optimizer: Optimizer, inputs: StepInputs) -> FusedStep | None:
         assert entry.program is not None
         if entry.optimizer is optimizer and entry.fused is not None and entry.fused.fits():
             entry.fused.begin()
@@ -241,7 +245,7 @@ class CompiledLoss:
                     stacklevel=4,
                 )
 
-    def _entry(self, module: Any, inputs: StepInputs) -> _Entry:
+    def _entry(self, module: Any, inputs: StepInputs) -> Entry:
         reasons = set()
         for entry in self._entries:
             if entry.key == inputs.key:
@@ -255,10 +259,12 @@ class CompiledLoss:
                 f"batches have come in {_MOST_KEPT} shapes, with other Python state{names}. Make "
                 "what changes a tensor, such as a buffer, which compiled code reads at each step"
             )
-        self._entries.append(_Entry(inputs.key, module._guards(), reasons))
-        return self._entries[-1]
+        made = Entry(inputs.key, module._guards(), reasons, label_of(inputs))
+        made.go_on(self._expected.pop(made.label, None))
+        self._entries.append(made)
+        return made
 
-    def _is_traced(self, module: Any, inputs: StepInputs, entry: _Entry) -> bool:
+    def _is_traced(self, module: Any, inputs: StepInputs, entry: Entry) -> bool:
         """Trace a batch shape that has come often enough; tells whether it was traced before."""
         if entry.program is not None:
             return True
@@ -281,7 +287,7 @@ class CompiledLoss:
         module: Any,
         batch: Any,
         inputs: StepInputs,
-        entry: _Entry,
+        entry: Entry,
         same: bool,
         losses: list[torch.Tensor],
     ) -> None:
@@ -314,7 +320,7 @@ class CompiledLoss:
         elif not same:
             entry.schedule, entry.traced_on = Schedule(steps, epoch), []
 
-    def _start_anew(self, module: Any, entry: _Entry, steps: int) -> None:
+    def _start_anew(self, module: Any, entry: Entry, steps: int) -> None:
         """Have a trace that no longer holds made anew, or leave it for good."""
         entry.failed, entry.anew = entry.anew, True
         entry.uses = _PATIENCE
@@ -327,7 +333,7 @@ class CompiledLoss:
             + ("" if entry.failed else "; it is traced anew")
         )
 
-    def _trace(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
+    def _trace(self, module: Any, inputs: StepInputs, entry: Entry) -> None:
         self.traces += 1
         entry.moving = renewed(entry.moving)
         self._refuse_changes(entry.moving)  # an iterator is never the same, and cannot be put back
@@ -351,7 +357,7 @@ class CompiledLoss:
         if name is not None:
             raise Untraceable(f"the model changes '{name}' as it runs")
 
-    def _compile(self, module: Any, inputs: StepInputs, entry: _Entry) -> None:
+    def _compile(self, module: Any, inputs: StepInputs, entry: Entry) -> None:
         program = entry.program
         assert program is not None
         parameters = trained(module)

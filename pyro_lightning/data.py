@@ -39,7 +39,8 @@ class ArrayDataModule(LightningDataModule):
 
     Args:
         arrays: A tensor, NumPy array or ``numpy.memmap``, or a tuple or dict of them, with the
-            same number of rows. A memmap is never loaded whole.
+            same number of rows. A memmap is never loaded whole. A path of a ``.npy`` file stands
+            for its memmap, one of a ``.npz`` file for the dict of its arrays.
         batch_size: B, rows in a batch.
         val_split: Fraction of the rows, in [0, 1), held out for validation.
         test_split: Fraction of the rows, in [0, 1), held out for the test.

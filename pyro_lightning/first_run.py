@@ -13,7 +13,7 @@ from pyro_lightning.diagnosis import explained
 from pyro_lightning.guides import make_prototypes, parts_of
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import indexed_params
-from pyro_lightning.initial_rows import set_initial_rows
+from pyro_lightning.initial_rows import give_own_memory, set_initial_rows
 from pyro_lightning.params import ParamStoreModule, RowsOfBatch
 from pyro_lightning.posterior import draws_at_once, is_latent, stands_in
 from pyro_lightning.reads_data import (
@@ -67,6 +67,8 @@ def run_once(
             )
         for reader in readers:
             set_initial_rows(reader.part, reader.initial)
+        for part in parts_of(module.guide):
+            give_own_memory(part)
         with module._rows_of(batch, rows):
             trace = poutine.trace(in_guide(guide)).get_trace(*args, **kwargs)
             poutine.replay(in_model(model), trace=trace)(*args, **kwargs)

@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import Distribution, Transform
 
+from pyro_lightning._upstream import class_made_by
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.shapes import ShortenedValues
@@ -39,7 +39,7 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
         TypeError: For something that is no guide, and for Pyro's messenger guides.
         ValueError: For an autoguide that was copied or pickled, and has no model any more.
     """
-    factory = guide.func if isinstance(guide, partial) else guide
+    factory = class_made_by(guide)
     if isinstance(factory, type) and not any("__call__" in vars(c) for c in factory.__mro__):
         raise TypeError(f"{_EXPECTED}; got the class {factory.__name__}")
     made = guide(model) if isinstance(factory, type) else guide

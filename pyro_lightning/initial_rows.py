@@ -1,4 +1,4 @@
-"""Initial values of each row, as ``init_loc_fn`` of an autoguide may give them."""
+"""Initial values that ``init_loc_fn`` of an autoguide gives: of each row, and views."""
 
 from collections.abc import Collection, Mapping
 from operator import attrgetter
@@ -58,3 +58,15 @@ def set_initial_rows(part: Any, values: Mapping[str, torch.Tensor]) -> None:
         parameter = owner._parameters[f"{leaf}_unconstrained"]
         with torch.no_grad():
             parameter.copy_(transform_to(constraint).inv(value))
+
+
+def give_own_memory(part: Any) -> None:
+    """Give each entry of an autoguide's parameters memory of its own.
+
+    ``init_to_mean`` of an expanded prior is a view in which all entries are one; Pyro makes it the
+    parameter as it is, which no optimizer and no checkpoint can write to.
+    """
+    for parameter in part.parameters():
+        steps = zip(parameter.stride(), parameter.shape, strict=True)
+        if any(step == 0 and size > 1 for step, size in steps):
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)

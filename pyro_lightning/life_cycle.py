@@ -11,7 +11,6 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from pyro_lightning._lightning import (
-    loses_new_parameters,
     stage_loader,
     transferred,
     unshared,
@@ -57,7 +56,7 @@ from pyro_lightning.rows import RowSource, data_of, row_source
 from pyro_lightning.runs import STATE_N, Runs
 from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.shapes import check_broadcast, check_square
-from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size
+from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size, refuse_no_batch
 from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
 from pyro_lightning.streams import check_shares, resume_once
@@ -222,12 +221,6 @@ class LifeCycle(Runs):
         training = stage == "fit"
         if not training and self._dataset_size is None and not self._size_is_stated():
             return  # a checkpoint may know it, which is read after this
-        if training and not self._initialised and loses_new_parameters(self.trainer):
-            raise ValueError(
-                "this strategy trains in processes started from this one and loads their result "
-                "back here, where the guide has no parameters yet to hold it. Call svi.loss(batch) "
-                "once before the fit, with dataset_size given; or use strategy='ddp'."
-            )
         with failing_together(self.trainer):
             loader, source = self._read_data(stage)
             # What was rebuilt of a checkpoint is checked before it trains.
@@ -251,6 +244,7 @@ class LifeCycle(Runs):
             loader = stage_loader(self.trainer, stage)
             if training:
                 check_shares(loader, self.trainer.world_size, self.trainer.global_rank)
+                refuse_no_batch(loader)
             if training or self._dataset_size is None:
                 self._dataset_size = self._resolve_size(loader if training else None)
             if not training:

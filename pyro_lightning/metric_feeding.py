@@ -208,13 +208,18 @@ def inputs_of(metric: Metric) -> frozenset[str]:
         >>> inputs_of(LogPredictiveDensity())
         frozenset({'log_likelihood'})
     """
-    if isinstance(metric, ContinuousRankedProbabilityScore):
+    if _of_ensembles(metric):
         return frozenset({"draws", "target"})
     named = inspect.signature(metric.update).parameters
     known = frozenset(_FED).intersection(named)
     open_ended = any(each.kind == each.VAR_KEYWORD for each in named.values())
     # Wrappers pass on what they get.
     return frozenset({"preds", "target"}) if open_ended and not known else known
+
+
+def _of_ensembles(metric: Metric) -> bool:
+    """Whether a metric takes draws for predictions: torchmetrics' own CRPS."""
+    return type(metric).update is ContinuousRankedProbabilityScore.update
 
 
 def _check_inputs(name: str, metric: Metric) -> None:
@@ -251,7 +256,7 @@ def _feed(metric: Metric, site: str | None, evaluated: Evaluated) -> None:
         name = _only(site, evaluated.target)
         fed["target"] = evaluated.target[name]
         fed["draws"] = evaluated.draws.get(name)
-    if isinstance(metric, ContinuousRankedProbabilityScore):
+    if _of_ensembles(metric):
         # Its ensembles are rows, and it compares all pairs of their members.
         draws, target = paired(fed["draws"], fed["target"])
         most = max(1, _PAIRS // len(draws) ** 2)

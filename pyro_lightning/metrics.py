@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torchmetrics import Metric
+from torchmetrics.regression import ContinuousRankedProbabilityScore
 
 from pyro_lightning.arguments import read_count
 from pyro_lightning.calibration import distance_from_uniform, pit_masses
 from pyro_lightning.densities import density_sums, mean_with_error
 from pyro_lightning.intervals import interval_sums, read_levels
+from pyro_lightning.scores import pointwise_crps
 
 
 class _Sums(Metric):
@@ -111,6 +113,32 @@ class IntervalCoverage(_Sums):
             for name, totals in sums.items()
             for level, total in zip(self._levels, totals, strict=True)
         }
+
+
+class CRPS(ContinuousRankedProbabilityScore):
+    """torchmetrics' continuous ranked probability score, of draws, and in S log S operations.
+
+    The mean over all entries of the target that are not NaN, as in :func:`pyro_lightning.crps`.
+    torchmetrics' own compares all S^2 pairs of draws, which of 1,000 takes longer than all else.
+
+    Example:
+        >>> metric = CRPS()
+        >>> draws = torch.tensor([[1.0, 0.0], [3.0, 0.0]])    # (S, B)
+        >>> metric.update(draws, torch.tensor([2.0, 0.0]))
+        >>> metric.compute()
+        tensor(0.2500)
+    """
+
+    def update(self, draws: torch.Tensor, target: torch.Tensor) -> None:
+        """Add the rows of a batch.
+
+        Args:
+            draws: ``(S, B, ...)``.
+            target: ``(B, ...)``.
+        """
+        scores = pointwise_crps(draws, target)
+        self.score += scores.sum()
+        self.total += len(scores)
 
 
 class PITHistogram(_Sums):

@@ -1,14 +1,18 @@
 """The LightningModule that owns model, guide and ELBO."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_lightning.after_fit import AfterFit
 from pyro_lightning.arguments import read_callable, read_count, read_flag
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
@@ -22,16 +26,16 @@ from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, read_prediction
-from pyro_lightning.prediction_hooks import Predictions
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
+from pyro_lightning.saved_sites import refuse_other_draws
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
 from pyro_lightning.states import preserved_buffers
 
 
-class PyroSVIModule(Predictions):
+class PyroSVIModule(AfterFit):
     r"""Trains a Pyro model on mini-batches by stochastic variational inference.
 
     The loss of a batch of B of N observations is an unbiased estimate, in nats, of the negative
@@ -128,10 +132,10 @@ class PyroSVIModule(Predictions):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        guide: Any = AutoNormal,
+        guide: Callable[[Any], AutoGuide] | Callable[..., Any] = AutoNormal,
         elbo: ELBO | EnergyDistance | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | Callable[..., Any] | None = None,
         *,
         data_plate: str | Sequence[str] | Mapping[str, int | None] | None = "data",
         scale_sites: Sequence[str] = (),
@@ -193,6 +197,7 @@ class PyroSVIModule(Predictions):
         It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
         :func:`pyro_lightning.batch_weight`.
         """
+        self._follow_own_step(batch)
         return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -213,7 +218,17 @@ class PyroSVIModule(Predictions):
                 when the loss is not finite.
         """
         with telling_contents(batch):
-            return self._estimate(batch)[0]
+            loss: torch.Tensor = self._estimate(batch)[0]
+        self._follow_own_step(batch)
+        return loss
+
+    def _follow_own_step(self, batch: Any) -> None:
+        """Know of a batch what :meth:`training_step` knows, in one of the user's own."""
+        trainer = self._trainer
+        if self._in_hand is None and trainer is not None and trainer.training:
+            self._follow_loader(batch)
+            if torch.is_grad_enabled():
+                self._mark_rows(batch)
 
     @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:
@@ -335,10 +350,17 @@ class PyroSVIModule(Predictions):
                 "Give it: posterior_samples(num_samples, batch=batch); or give these latents "
                 "parameters of their own."
             )
-        given, places = batch is not None, torch.empty(0)
+        given = batch is not None
+        batch = batch if given else self._prototype
+        with telling_contents(batch) if given else nullcontext():
+            return self._draw(num_samples, rows, batch, given)
+
+    def _draw(
+        self, num_samples: int, rows: Any, batch: Any, given: bool
+    ) -> dict[str, torch.Tensor]:
         local: dict[str, int] = {}
-        batch = self.transfer_batch_to_device(batch if given else self._prototype, self.device, 0)
-        count = self.num_rows(data_of(batch))
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        count, places = self.num_rows(data_of(batch)), torch.empty(0)
         if given:
             self._refuse_untrained(batch)
         else:
@@ -356,6 +378,8 @@ class PyroSVIModule(Predictions):
             draws = sample_latents(
                 guide, args, kwargs, num_samples, plates=plates, local=local, at_once=at_once
             )
+        if given:
+            refuse_other_draws(draws, self._sites, count)
         for site, dim in local.items():
             # A row that is asked for twice has one latent, and so one draw of it.
             draws[site] = draws[site].index_select(dim + 1, places.to(draws[site].device))

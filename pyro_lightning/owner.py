@@ -102,6 +102,15 @@ class ModelOwner(PyroModule):
         if isinstance(owner, nn.Module):
             self._modules[f"{name}_owner"] = owner
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Register a part; one that is there already stays as it is.
+
+        ``SyncBatchNorm.convert_sync_batchnorm`` puts each part back in its place, and PyroModule
+        would take that for another owner of the guide.
+        """
+        if module is None or self._modules.get(name) is not module:
+            super().add_module(name, module)
+
     def _part(self, name: str) -> Callable[..., Any]:
         part: Any = self._modules[name] if name in self._modules else self.__dict__[f"_{name}"]
         return part  # type: ignore[no-any-return]

@@ -1,7 +1,6 @@
 """Lightning's side of prediction: one set of global draws for all batches and processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from lightning.pytorch import LightningDataModule
 from pyro_lightning._lightning import stage_loader
 from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import loaders_in
-from pyro_lightning.checkpoints import Checkpoints
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, read_prediction
@@ -23,6 +21,7 @@ from pyro_lightning.predictive import (
 from pyro_lightning.prepared import rows_from_prior
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.row_order import number_rows_, numbering, rows_in_order
+from pyro_lightning.spawned import Spawned
 
 
 class PredictionRun:
@@ -84,7 +83,7 @@ class PredictionRun:
             )
 
 
-class Predictions(Checkpoints):
+class Predictions(Spawned):
     """Predicts batches, and tells how likely what was observed in them is."""
 
     _prediction: Prediction
@@ -140,26 +139,21 @@ class Predictions(Checkpoints):
             ``(num_samples, B, *other plates, *event)`` by site, or
             ``(len(summary), B, *other plates, *event)``; nothing for a batch of repeats alone.
         """
-        run = self._prediction_run
-        trainer, rank = self._trainer, 0
-        if trainer is not None and trainer.predicting:
-            rank = trainer.global_rank
-            if run is None:
-                raise RuntimeError(
-                    "on_predict_start of this subclass leaves out what prediction needs: let it "
-                    "call super().on_predict_start()"
-                )
-        if run is None:
+        trainer, run = self._trainer, self._prediction_run
+        if trainer is None or not trainer.predicting:
             settings = self.prediction
             seed = drawn_seed() if settings.seed is None else settings.seed
-            run = PredictionRun(self, settings, seed)
-        inside = trainer is not None and trainer.predicting
-        told = InHand(self, "prediction", batch, batch_idx, dataloader_idx)
-        with told if inside else nullcontext():
+            return PredictionRun(self, settings, seed).of_batch(self, batch, 0, 0, batch_idx)
+        if run is None:
+            raise RuntimeError(
+                "on_predict_start of this subclass leaves out what prediction needs: let it call "
+                "super().on_predict_start()"
+            )
+        with InHand(self, "prediction", batch, batch_idx, dataloader_idx):
             batch, rows = self._without_repeats(batch, batch_idx, dataloader_idx)
             if not rows:
                 return {}
-            return run.of_batch(self, batch, rank, dataloader_idx, batch_idx)
+            return run.of_batch(self, batch, trainer.global_rank, dataloader_idx, batch_idx)
 
     # -- log-likelihood ------------------------------------------------------------------------
 
@@ -195,7 +189,7 @@ class Predictions(Checkpoints):
         Raises:
             RuntimeError: Before the first fit or loss.
             TypeError: For a batch in the place of several.
-            ValueError: When nothing is observed.
+            ValueError: When nothing is observed, or for a datamodule of several training loaders.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -252,7 +246,13 @@ class Predictions(Checkpoints):
         """Go through batches on the device; of a datamodule through its training rows, in order."""
         loader: Iterable[Any] = data
         if isinstance(data, LightningDataModule):
-            loader = rows_in_order(data.train_dataloader())
+            loaders = loaders_in(data.train_dataloader())
+            if len(loaders) != 1:
+                raise ValueError(
+                    f"the datamodule has {len(loaders)} training loaders: hand over the one of "
+                    "whose batches the log-likelihood is asked for"
+                )
+            loader = rows_in_order(loaders[0])
         elif isinstance(data, torch.Tensor | str | Mapping) or not hasattr(data, "__iter__"):
             raise TypeError(
                 "expected a loader or other iterable of batches, or a datamodule, got "

@@ -48,9 +48,14 @@ def prepared(
         unobserved: Whether observed sites are drawn.
 
     Raises:
+        RuntimeError: Before the first fit or loss, when the guide has no parameters yet.
         ValueError: When it is not known how many draws there are, or for global latents that have
             none.
     """
+    if not module._initialised:
+        raise RuntimeError(
+            "the guide has no parameters yet: fit the module, or call loss(batch) once"
+        )
     own = local_sites(module) if local == "guide" else set()
     posterior = {n: d.detach() for n, d in posterior.items() if n not in local_sites(module)}
     count = _count_draws(posterior, num_samples)
@@ -90,6 +95,7 @@ def prepared(
         with _told("model", module, data):
             in_model = sites_of_run(bare(module.model), given(values))
         nesting = nesting_of(in_guide, in_model)
+        # Model and guide agree about them, or Pyro refuses the two.
         event_dims = {name: _event_dim(site) for name, site in {**in_guide, **in_model}.items()}
         event_dims = {**dict.fromkeys(posterior, 0), **event_dims}
         ready = Ready(
@@ -172,7 +178,7 @@ def _with_rows_that_trained(module: Any, batch: Any) -> tuple[Any, torch.Tensor 
 def _mask_of_rows(site: Any, seen: torch.Tensor, plates: frozenset[str]) -> torch.Tensor:
     """Shape a mask of rows as the value of a site is."""
     dim = next(f.dim for f in site["cond_indep_stack"] if f.name in plates)
-    return seen.reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
+    return seen.to(site["value"].device).reshape(-1, *(1,) * (-dim - 1 + site["fn"].event_dim))
 
 
 def _event_dim(site: Any) -> int:

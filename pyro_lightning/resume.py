@@ -130,6 +130,8 @@ class Resume(SavedFits):
             self._epoch = total.to(self.device), rows
         if self._baselines is not None and rank["baselines"] is not None:
             self._baselines.set_extra_state(rank["baselines"])
+        if self._compiled is not None and rank.get("compiled"):
+            self._compiled.go_on(rank["compiled"])
         for name, parameter in self.named_parameters():
             if name in (rank["gradients"] or {}):
                 parameter.grad = rank["gradients"][name].to(parameter.device)

@@ -98,7 +98,16 @@ class RowHooks(LightningModule):
                 self._switched_on = source.dataset
                 self._switched_on.row_numbers = True
         # DDP would send all rows at each step; RowsOnRanks sends those of a batch.
-        self._ddp_params_and_buffers_to_ignore = list(self._row_parameters())
+        of_rows = self._row_parameters()
+        self._ddp_params_and_buffers_to_ignore = list(of_rows)
+        if self.trainer.world_size > 1 and not any(
+            p.requires_grad for name, p in self.named_parameters() if name not in of_rows
+        ):
+            raise ValueError(
+                "every parameter of this fit belongs to a row, and DistributedDataParallel serves "
+                "no module without others. Rows that share nothing need no exchange of gradients: "
+                "train them on one device, or parts of them by fits of their own."
+            )
 
     def _warn_of_other_rows(self, source: int) -> None:
         """Warn where rows of another data set would go on with the parameters of those before."""

@@ -82,6 +82,7 @@ class SavedFits(Figures):
             "epoch": epoch,
             "baselines": self._baselines and self._baselines.get_extra_state(),
             "gradients": self._unused_gradients(batch["processed"]),
+            "compiled": self._compiled and self._compiled.kept(),
         }
         checkpoint[RESUME_KEY] = {
             "num_training_batches": trainer.num_training_batches,

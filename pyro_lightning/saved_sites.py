@@ -35,6 +35,34 @@ def latent_shapes(guide_sites: Iterable[Any], plates: Collection[str]) -> dict[s
     return found
 
 
+def refuse_other_draws(
+    draws: Mapping[str, torch.Tensor], sites: Mapping[str, Sequence[int]], rows: int
+) -> None:
+    """Refuse draws on a batch that are laid out otherwise than those of the first batch.
+
+    Args:
+        draws: Draws by site, in dimension 0.
+        sites: Shape of each latent on the first batch, as of :func:`latent_shapes`.
+        rows: B, the rows of the batch.
+
+    Raises:
+        ValueError: Naming a site, and both shapes.
+    """
+    for site, draw in draws.items():
+        known, shape = sites.get(site), list(draw.shape[1:])
+        if known is None:
+            continue
+        expected = [rows if size == ROWS else size for size in known]
+        if len(shape) != len(expected) or any(
+            size == ROWS and there != rows for size, there in zip(known, shape, strict=True)
+        ):
+            raise ValueError(
+                f"site '{site}' has shape {tuple(shape)} on this batch of B = {rows} rows, and "
+                f"would have {tuple(expected)} on one like those that trained: let the batch have "
+                "elements of the same numbers of dimensions."
+            )
+
+
 def other_sites(
     stored: Mapping[str, Sequence[int]], here: Mapping[str, Sequence[int]], ordered: bool
 ) -> list[str]:

@@ -20,6 +20,7 @@ from pyro_lightning.masks import carry_masks_
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import is_enumerated
+from pyro_lightning.text_tables import rich_table, text_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,11 +110,8 @@ class SiteTable(Sequence[SiteRow]):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        lines = [_HEADINGS, *(row.cells() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = (map(str.ljust, line, widths) for line in lines)
-        table = ["  ".join(cells).rstrip() for cells in padded]
-        return "\n".join([*table, *self._problems()])
+        table = text_table(_HEADINGS, [row.cells() for row in self.rows])
+        return "\n".join([table, *self._problems()])
 
     def _problems(self) -> list[str]:
         own = [f"{row.name}: {row.problem}" for row in self.rows if row.problem]
@@ -123,19 +121,8 @@ class SiteTable(Sequence[SiteRow]):
 
     def __rich__(self) -> "Table":
         """Render as a table of rich: ``rich.print(table)``."""
-        try:
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError(
-                'this rendering needs rich: pip install "pyro-lightning[rich]"; print(table) '
-                "needs nothing"
-            ) from error
-        table = Table(caption="\n".join(self._problems()) or None)
-        for heading in _HEADINGS:
-            table.add_column(heading, overflow="fold")
-        for row in self.rows:
-            table.add_row(*row.cells())
-        return table
+        cells = [row.cells() for row in self.rows]
+        return rich_table(_HEADINGS, cells, "\n".join(self._problems()))
 
 
 def table_of_sites(module: Any, batch: Any) -> SiteTable:

@@ -94,6 +94,24 @@ def dataset_size_of(loader: Any) -> int:
     return len(loader.dataset)  # type: ignore[arg-type]
 
 
+def refuse_no_batch(loader: Any) -> None:
+    """Refuse a training loader without a batch, of which Lightning warns, and trains nothing.
+
+    Raises:
+        ValueError: Saying how many rows there are, and for what they are too few.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return
+    batches: Any = loader.batch_sampler
+    if batches is None or not hasattr(batches, "__len__") or len(batches):
+        return
+    size, last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
+    dropped = f", and drop_last leaves out a batch of fewer than batch_size={size}" if last else ""
+    raise ValueError(
+        f"the training loader has no batch: its data set has {len(loader.dataset)} rows{dropped}"  # type: ignore[arg-type]
+    )
+
+
 def mean_batch_size(loader: Any, num_batches: float) -> float | None:
     r"""Rows a batch holds on average over an epoch, or None where that cannot be known.
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ import torch
 ZARR, NETCDF = "zarr", "netcdf"
 ROW, DRAW, STATISTIC = "row", "draw", "statistic"
 _NEEDED = {ZARR: ("xarray", "zarr"), NETCDF: ("xarray", "h5netcdf")}
+# All but the slash, as of poutine.scope, which is a folder to both formats; and the percent sign.
+_SAFE = "".join(chr(code) for code in range(32, 127) if chr(code) not in "/%")
 _ENDING = {ZARR: ".zarr", NETCDF: ".nc"}
 
 
@@ -41,13 +44,21 @@ def dataset_of(
         rows: Number of each row, ``(B,)``.
         numbered: Whether these are numbers in the data set; else they are counted.
         labels: What the first dimension holds, where it is a summary.
+
+    Raises:
+        ValueError: For a site of the name of a dimension.
     """
     xarray = needed_for(ZARR)
     first = DRAW if labels is None else STATISTIC
     variables = {}
     for site, values in prediction.items():
-        dims = (first, ROW, *(f"{site}_dim_{dim}" for dim in range(values.dim() - 2)))
-        variables[site] = dims, _array(values)
+        if site in (ROW, DRAW, STATISTIC):
+            raise ValueError(
+                f"site '{site}' has the name of a dimension of what is stored: give it another"
+            )
+        name = quote(site, safe=_SAFE)
+        dims = (first, ROW, *(f"{name}_dim_{dim}" for dim in range(values.dim() - 2)))
+        variables[name] = dims, _array(values)
     attributes: dict[str, Any] = {"numbered": int(numbered)}
     if labels is not None:  # no coordinate: Zarr has no settled format of strings
         attributes["statistics"] = json.dumps(labels)
@@ -140,6 +151,8 @@ def open_stores(folder: Path, loader: int, chunks: Any = None) -> Any:
         if chunks is None:  # it is in memory now
             for part in parts:
                 part.close()
+    quoted = [name for name in (*whole.variables, *whole.dims) if "%" in name]
+    whole = whole.rename({name: unquote(name) for name in quoted})
     if not whole.attrs.pop("numbered"):
         whole = whole.assign_coords({ROW: np.arange(whole.sizes[ROW])})
     elif (np.diff(whole[ROW].values) < 0).any():

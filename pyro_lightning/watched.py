@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_lightning._lightning import pass_over
-from pyro_lightning._upstream import came_from_worker
+from pyro_lightning._upstream import came_from_data, came_from_worker
 from pyro_lightning.retold import retell
 from pyro_lightning.row_numbers import numbers_in_order
 from pyro_lightning.rows import shown
@@ -65,11 +65,17 @@ class WatchedBatches:
     def __next__(self) -> Any:
         try:
             return next(self.batches)
-        except StopIteration:
+        except StopIteration as end:
             # The loop asks for no more batches than there are, where it knows how many.
             if self.failed is not None:
                 where, error = self.failed
                 retell(error, where, " The loader has no batches after this one.")
+            if came_from_data(end):
+                where = self._where(self.fetcher.fetched, 0)
+                raise RuntimeError(
+                    f"{where}: the data set raised StopIteration, which loaders take for the end "
+                    "of an epoch. Give next() a default in it, or catch this."
+                ) from end
             raise
         except Exception as error:
             number, loader = pass_over(self.batches)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_lightning.arguments import shortly
+
 _PLAIN = {type(None), bool, int, float, str, torch.Tensor, nn.Parameter}
 
 
@@ -27,6 +29,8 @@ def refuse_code(checkpoint: Mapping[str, Any]) -> None:
         Traceback (most recent call last):
         TypeError: ...save_hyperparameters(ignore=['act'])...
     """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"a checkpoint must be a dict, got {shortly(checkpoint)}")
     found = [
         (f"checkpoint[{key!r}]{path}", kind)
         for key, part in checkpoint.items()

@@ -49,12 +49,13 @@ def fit(svi, make, epochs, ckpt=None):
 def main(path: str) -> None:
     seed_everything(0)
     found = {"rows": {}, "sizes": {}}
+    # Those with workers first: a process with threads, as litdata's reader starts, is forked badly.
     loaders = {
-        "litdata": lit_loader,
         "litdata, workers": partial(lit_loader, workers=2, shuffle=True),
+        "WebDataset, workers": partial(web_loader, workers=2, shuffle=True),
+        "litdata": lit_loader,
         "litdata, ragged": partial(lit_loader, rows=slice(103), batch_size=8, shuffle=True),
         "WebDataset": web_loader,
-        "WebDataset, workers": partial(web_loader, workers=2, shuffle=True),
     }
     for name, make in loaders.items():
         svi = PyroSVIModule(mean_of, dataset_size=None if name.startswith("lit") else N)

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoDelta
 from support import normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_lightning import PyroSVIModule
+from pyro_lightning import ArrayDataModule, PyroSVIModule
 
 N, B, LOC = 100, 4, 0.25
 UNEQUAL = 16, 13  # four batches of each rank
@@ -79,7 +79,7 @@ def ragged(counts, streams=False):
 
 
 class Steps(Callback):
-    """Keeps the number of training batches before each validation, and of its own; gradients."""
+    """Keeps gradients, and the training batches before each validation, with those of it."""
 
     def __init__(self):
         self.trained, self.validated, self.gradients = 0, [], []
@@ -133,6 +133,11 @@ def fit(*loaders, svi=None, datamodule=None, **options):
 def fit_of_parts(counts, streams=False, **options):
     """A fit of all rows of parts that are not of one size."""
     return fit(ragged(counts, streams), svi=module(dataset_size=sum(counts), **options))
+
+
+def rows_alone(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
 
 
 def unscaled(x):
@@ -205,6 +210,7 @@ def found_of_all():
         "unequal_steps": fit_of_parts(UNEQUAL_STEPS, steps_per_batch=2),
         "streamed_steps": fit_of_parts(UNEQUAL_STEPS, streams=True, steps_per_batch=2),
         "late_loader": fit(svi=module(), datamodule=Late()),
+        "rows_alone": fit(svi=PyroSVIModule(rows_alone), datamodule=ArrayDataModule(rows(4))),
         "no_scale": fit(part(2, 2), svi=PyroSVIModule(normal_mean, data_plate=None)),
     }
     return found

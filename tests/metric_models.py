@@ -4,9 +4,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from support import RowNormal
-from torchmetrics.regression import ContinuousRankedProbabilityScore, MeanSquaredError
+from torchmetrics.regression import MeanSquaredError
 
 from pyro_lightning import (
+    CRPS,
     IntervalCoverage,
     LogPredictiveDensity,
     NegativeELBO,
@@ -34,6 +35,6 @@ def all_metrics():
         "intervals": IntervalCoverage((0.5, 0.9)),
         "pit": PITHistogram(bins=4),
         "nelbo": NegativeELBO(),
-        "crps": ContinuousRankedProbabilityScore(),
+        "crps": CRPS(),
         "mse": MeanSquaredError(),
     }

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ def run_processes(
     # A seed that another test's command line has set, Lightning would set on all ranks.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
+    environment["PYTHONFAULTHANDLER"] = "1"  # for the stacks of a process that hangs
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,15 +66,26 @@ def run_processes(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
         )
     try:
         until = time.monotonic() + timeout
         errors = [each.communicate(timeout=until - time.monotonic())[1] for each in started]
+    except subprocess.TimeoutExpired:
+        _signal(started, signal.SIGABRT)
+        stacks = "\n".join(each.communicate(timeout=30)[1] for each in started)
+        pytest.fail(f"{name} has not ended after {timeout} s. It stands at:\n{stacks[-20_000:]}")
     finally:
-        for each in started:
-            each.kill()
+        _signal(started, signal.SIGKILL)
     return [Ended(each.returncode, said) for each, said in zip(started, errors, strict=True)]
+
+
+def _signal(started: list[Any], number: int) -> None:
+    """Send a signal to processes, and to those that they have started."""
+    for each in started:
+        with suppress(ProcessLookupError):
+            os.killpg(each.pid, number)
 
 
 def run_script(name: str, folder: Path, *arguments: str, nodes: int = 1) -> Any:

@@ -170,6 +170,14 @@ def test_a_data_set_of_whole_batches_that_raises_tells_the_rows():
         IndexedDataset(Whole(rows())).__getitems__([3, 4, 5])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_raises_what_ends_an_epoch(workers):
+    loader = DataLoader(Odd(raises(StopIteration())), batch_size=B, num_workers=workers)
+    match = r"batch 1 of epoch 0 \(rows 8 to 15 .* could not be loaded: .* raised StopIteration"
+    with pytest.raises(RuntimeError, match=match):
+        fit(loader)
+
+
 class Stream(IterableDataset):
     def __init__(self, count=3):
         self.count = count

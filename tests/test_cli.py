@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_models import NOISE, Regression, Rows, regression_rows
+from cli_models import NOISE, Predicted, Regression, Rows, regression_rows
 from lightning.pytorch.cli import LightningCLI
 from support import quiet_trainer
 
@@ -167,7 +167,8 @@ def test_predictions_are_described_in_yaml_and_made_from_a_checkpoint(write, tmp
     fitted = main(["fit", "--config", path, "--trainer.max_epochs=1"])
     fitted.trainer.save_checkpoint(tmp_path / "fit.ckpt")
     assert fitted.model.prediction == Prediction(7, summary=("mean", 0.95), seed=1)
-    (tmp_path / "config.yaml").unlink()  # that of the fit, which LightningCLI would not overwrite
+    loaded = Predicted.load_from_checkpoint(tmp_path / "fit.ckpt")
+    assert loaded.prediction == fitted.model.prediction
     args = ["predict", "--config", path, "--ckpt_path", str(tmp_path / "fit.ckpt")]
     predicted = main(args)
     expected = quiet_trainer().predict(fitted.model, datamodule=fitted.datamodule)

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torchmetrics
 from closure_nets import BATCH, B, N, X, guide, in_closure, linear, names, net, observe
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -231,3 +232,10 @@ def test_a_pyro_module_of_a_function_trains_with_its_constraints_and_latents():
     assert set(svi.posterior_samples(2)) == {"bias"}
     assert level.noise_unconstrained.grad is not None
     assert level.linear.weight.grad is not None
+
+
+def test_code_of_torchmetrics_is_not_searched(monkeypatch):
+    # Its globals lead to all that it imports, through the wrappers of each metric's methods.
+    monkeypatch.setattr(torchmetrics.metric, "apply_to_collection", linear())
+    metric = torchmetrics.MeanMetric()
+    assert list(reached_networks([lambda: metric]).values()) == [metric]

@@ -123,6 +123,12 @@ def test_a_loader_with_a_length_on_some_ranks_only_is_refused(found):
     assert all("none on rank 0" in error for error in errors(found["lengths_known"]))
 
 
+def test_parameters_of_rows_alone_are_refused(found):
+    assert all(
+        "every parameter of this fit belongs to a row" in e for e in errors(found["rows_alone"])
+    )
+
+
 def test_n_read_from_rows_that_nobody_shares_out_is_warned_of(found):
     first, second = (rank["warnings"] for rank in found["parts"])
     assert len(first) == 1

@@ -6,7 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoNormal,
+    init_to_mean,
+    init_to_value,
+)
 from pyro.poutine import block
 
 from pyro_lightning import IndexedBatch, PyroSVIModule
@@ -80,3 +86,22 @@ def test_batch_of_another_size_than_the_first():
 def test_value_of_another_size(guide):
     with pytest.raises(ValueError, match=r"'row.z' a value of shape \(5,\): expected \(12,\)"):
         started(guide, row_z=torch.ones(5))
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
+def test_entries_that_start_at_one_mean_train_apart(guide):
+    def equal_means(x):
+        w = pyro.sample("w", dist.Normal(0.5, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 0.1).to_event(1), obs=x)
+
+    svi = PyroSVIModule(equal_means, partial(guide, init_loc_fn=init_to_mean), dataset_size=100)
+    x = torch.tensor([0.0, 1.0, 2.0]).expand(100, 3)
+    svi.loss(x)
+    adam = torch.optim.Adam(svi.parameters(), lr=0.1)
+    for _ in range(100):
+        adam.zero_grad()
+        svi.loss(x).backward()
+        adam.step()
+    # The posterior's sd is 0.01; what Adam's steps of 0.1 leave is of that size.
+    assert torch.allclose(svi.guide.median()["w"], x[0], atol=0.1)

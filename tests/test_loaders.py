@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from support import StepLosses, no_validation, normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_lightning import PyroSVIModule
+from pyro_lightning import ArrayDataModule, PyroSVIModule
 
 N = 60
 X = torch.linspace(-1, 3, N)
@@ -75,6 +76,36 @@ class Once(IterableDataset):
 
     def __iter__(self):
         return self.iterator
+
+
+def of_pair(a, b):
+    point(a)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
+def test_combined_loaders_train_as_they_are(mode):
+    loaders = {"a": DataLoader(X, batch_size=10), "b": DataLoader(-X[:40], batch_size=10)}
+    steps = StepLosses()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[steps])
+    svi = PyroSVIModule(of_pair, lambda a, b: None, optimizer=STILL, dataset_size=N)
+    trainer.fit(svi, CombinedLoader(loaders, mode))
+    assert trainer.global_step == (4 if mode == "min_size" else 6)
+    for batch, loss in zip(steps.batches, steps.losses, strict=True):
+        torch.testing.assert_close(loss, full_loss(batch["a"], N))
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [
+        {"train_dataloaders": DataLoader(X, batch_size=N + 1, drop_last=True)},
+        {"datamodule": ArrayDataModule(X, batch_size=N + 1, drop_last=True)},
+    ],
+    ids=["loader", "arrays"],
+)
+def test_a_loader_without_a_batch_is_refused(feed):
+    expected = f"no batch: its data set has {N} rows, and drop_last .* batch_size={N + 1}"
+    with pytest.raises(ValueError, match=expected):
+        quiet_trainer(max_epochs=1).fit(PyroSVIModule(normal_mean), **feed)
 
 
 def test_a_stream_that_would_lose_its_first_batch_is_refused():

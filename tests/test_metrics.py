@@ -1,6 +1,7 @@
 """Metrics of predictive draws against closed forms, and against one update of all rows."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from torchmetrics import MetricCollection
 from torchmetrics.functional.regression import continuous_ranked_probability_score
 
 from pyro_lightning import (
+    CRPS,
     IntervalCoverage,
     LogPredictiveDensity,
     NegativeELBO,
     PITHistogram,
+    crps,
     interval_coverage,
     log_predictive_density,
     pit_histogram,
@@ -186,7 +189,29 @@ def test_a_histogram_is_plotted_as_densities():
     pyplot.close(other)
 
 
-# -- torchmetrics' CRPS ------------------------------------------------------------------------
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pyro-lightning\[plots\]"):
+        PITHistogram().plot()
+
+
+# -- CRPS --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 101])
+def test_crps_is_torchmetrics_own(count):
+    draws, target = normal(count, 30), normal(30, seed=1)
+    expected = continuous_ranked_probability_score(draws.T, target)
+    torch.testing.assert_close(crps(draws, target), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_crps_of_vectors_leaves_out_what_was_not_observed():
+    draws, target = normal(20, 6, 2), normal(6, 2, seed=1)
+    target[::2, 1] = torch.nan
+    metric, seen = CRPS(), ~target.isnan()
+    metric.update(draws, target)
+    expected = continuous_ranked_probability_score(draws[:, seen].T, target[seen])
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_crps_of_normal_draws_is_the_closed_form():
@@ -195,7 +220,7 @@ def test_crps_of_normal_draws_is_the_closed_form():
     z = target.numpy() / sigma
     exact = sigma * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
     draws = sigma * normal(2000, 4)
-    found = continuous_ranked_probability_score(draws.T, target)
+    found = crps(draws, target)
     # |x - y| has a sd of at most 1.5: 0.034 in a mean of 2,000, 0.02 over four rows.
     assert found.item() == pytest.approx(exact.mean(), abs=0.06)
 
@@ -214,7 +239,7 @@ def fed(metric, rows):
         metric.update(draws[:, rows], target[rows])
 
 
-METRICS = [LogPredictiveDensity, IntervalCoverage, PITHistogram, NegativeELBO]
+METRICS = [LogPredictiveDensity, IntervalCoverage, PITHistogram, CRPS, NegativeELBO]
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -241,12 +266,13 @@ def test_a_metric_is_in_a_checkpoint_if_it_is_persistent(kind):
 
 def test_metrics_are_their_functions():
     draws, target, density = normal(50, 31), normal(31, seed=1), normal(50, 31, seed=2)
-    made = [kind() for kind in METRICS[:3]]
+    made = [kind() for kind in METRICS[:4]]
     for metric in made:
         fed(metric, slice(None))
-    elpd, coverage, pit = (metric.compute() for metric in made)
+    elpd, coverage, pit, score = (metric.compute() for metric in made)
     torch.testing.assert_close((elpd["elpd"], elpd["elpd_se"]), log_predictive_density(density))
     covered, width = interval_coverage(draws, target, (0.5, 0.9))
     assert [coverage["coverage_0.5"], coverage["coverage_0.9"]] == covered.tolist()
     assert [coverage["width_0.5"], coverage["width_0.9"]] == width.tolist()
     torch.testing.assert_close(pit["pit"], pit_histogram(draws, target))
+    assert score.item() == pytest.approx(crps(draws, target).item(), rel=1e-6)

@@ -23,6 +23,7 @@ from torchmetrics.regression import (
 from torchmetrics.wrappers import MinMaxMetric
 
 from pyro_lightning import (
+    CRPS,
     ArrayDataModule,
     IndexedDataset,
     IntervalCoverage,
@@ -146,13 +147,14 @@ def test_predictions_of_torchs_regression_metrics_are_the_mean():
 
 
 def test_crps_is_the_closed_form():
-    metrics = {"crps": ContinuousRankedProbabilityScore()}
+    metrics = {"crps": CRPS(), "theirs": ContinuousRankedProbabilityScore()}
     svi, x = settled(0.3, 1e-6, metrics=metrics, prediction={"num_samples": 200}), rows(400)
     figures = validated(svi, loader(x, batch_size=100))
     z = (x - 0.3).double().numpy()
     exact = z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - math.pi**-0.5
     # An ensemble of S draws adds E|x - x'| / (2 S) = 0.003 and noise of less than 0.01.
     assert figures["val_crps"] == pytest.approx(exact.mean(), abs=0.02)
+    assert figures["val_theirs"] == pytest.approx(figures["val_crps"], rel=1e-5)
 
 
 def test_the_negative_elbo_is_the_loss_of_an_observation():

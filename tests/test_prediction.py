@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from pyro.infer.autoguide import AutoNormal
 from support import no_validation, normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -60,6 +61,7 @@ def test_a_total_over_the_data_set_has_the_same_sd_for_any_split(batches):
 
 def test_draws_of_different_rows_have_noise_of_their_own():
     svi = known(prediction={"num_samples": 10})
+    torch.manual_seed(0)  # under another one two of them may be equal in single precision
     draws = joined(quiet_trainer().predict(svi, loader(50)))
     assert len(draws.unique()) == 10 * N
 
@@ -171,8 +173,11 @@ def test_settings_survive_copies_and_pickles():
         assert again.prediction == svi.prediction == Prediction(7, sites="x")
 
 
-def test_each_call_of_predict_step_by_hand_stands_alone():
+@pytest.mark.parametrize("after_a_trainer", [False, True])
+def test_each_call_of_predict_step_by_hand_stands_alone(after_a_trainer):
     svi = known(prediction={"num_samples": 3})
+    if after_a_trainer:
+        quiet_trainer().predict(svi, loader(1))
     one, two = svi.predict_step(X[:4]), svi.predict_step(X[:4])
     assert one["x"].shape == (3, 4)
     assert not torch.equal(one["x"], two["x"])
@@ -250,6 +255,20 @@ def test_rows_of_the_fit_have_their_own_latents():
 
 
 @no_validation
+def test_rows_of_a_module_from_a_checkpoint_have_their_own_latents(tmp_path):
+    rows = IndexedDataset(X)
+    svi = fitted_rows(DataLoader(rows, batch_size=50))
+    trainer = quiet_trainer()
+    trainer.strategy.connect(svi)
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    loaded = PyroSVIModule.load_from_checkpoint(
+        tmp_path / "fit.ckpt", model=with_local, prediction=svi.prediction
+    )
+    found = quiet_trainer().predict(loaded, DataLoader(IndexedDataset(X), batch_size=64))
+    assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
+
+
+@no_validation
 def test_rows_of_a_datamodule_are_numbered_while_they_are_predicted():
     data = ArrayDataModule(X, batch_size=50, shuffle=False)
     svi = fitted_rows(data.train_dataloader())
@@ -320,6 +339,21 @@ def test_log_likelihoods_of_rows_of_a_fit_have_their_latents():
 def test_one_batch_in_the_place_of_several_is_refused():
     with pytest.raises(TypeError, match=r"of one batch make \[batch\]"):
         known().log_likelihood(X)
+
+
+def test_a_datamodule_of_several_training_loaders_is_refused():
+    class Two(LightningDataModule):
+        def train_dataloader(self):
+            return {"a": loader(1), "b": loader(2)}
+
+    with pytest.raises(ValueError, match="has 2 training loaders: hand over the one"):
+        known().log_likelihood(Two())
+
+
+def test_log_likelihoods_before_a_fit_are_refused():
+    svi = PyroSVIModule(mean_only, dataset_size=N)
+    with pytest.raises(RuntimeError, match="the guide has no parameters yet"):
+        svi.log_likelihood([X], posterior={"mu": torch.zeros(3)})
 
 
 # -- settings ------------------------------------------------------------------------------------

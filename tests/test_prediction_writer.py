@@ -1,10 +1,14 @@
 """Stored predictions are those that the Trainer returns, in the order of the rows."""
 
+import sys
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from support import quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -122,6 +126,45 @@ def test_nothing_is_returned_where_nothing_is_to_be_kept(tmp_path):
     assert PredictionWriter.open(tmp_path).sizes["row"] == N
 
 
+@pytest.mark.parametrize("format", ["zarr", "netcdf"])
+def test_sites_may_have_any_name_but_that_of_a_dimension(tmp_path, format):
+    names = {"scope/x": 0, "net.w": 1, "100%": 2, "two words": 3}
+
+    def named(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            for name, number in names.items():
+                pyro.deterministic(name, number + x + mu[..., None], event_dim=1)
+            pyro.sample("x", dist.Normal(mu, 1.0).expand(x.shape[-1:]).to_event(1), obs=x)
+
+    svi = PyroSVIModule(named, dataset_size=N, prediction=Prediction(S, parallel=False))
+    svi.loss(X)
+    kept = predicted(svi, DataLoader(X, batch_size=5), tmp_path, format)
+    stored = PredictionWriter.open(tmp_path)
+    assert set(stored.data_vars) == {*names, "x"}
+    for name in names:
+        assert np.array_equal(stored[name].values, kept[name])
+        assert stored[name].dims == ("draw", "row", f"{name}_dim_0")
+
+
+def test_a_site_of_the_name_of_a_dimension_is_refused(tmp_path):
+    def named(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("row", dist.Normal(mu, 1.0), obs=x)
+
+    svi = PyroSVIModule(named, dataset_size=N)
+    svi.loss(X[:, 0])
+    with pytest.raises(ValueError, match="site 'row' has the name of a dimension"):
+        predicted(svi, DataLoader(X[:, 0]), tmp_path)
+
+
+def test_the_progress_bar_tells_of_batches_that_are_stored(tmp_path, capsys):
+    trainer = quiet_trainer(callbacks=[PredictionWriter(tmp_path)], enable_progress_bar=True)
+    trainer.predict(module(), DataLoader(X, batch_size=5), return_predictions=False)
+    assert "5/5" in capsys.readouterr().out
+
+
 def test_predictions_are_overwritten_only_if_that_is_said(tmp_path):
     predicted(module(), DataLoader(X, batch_size=5), tmp_path)
     (tmp_path / "predictions-notes.txt").write_text("mine")
@@ -152,7 +195,7 @@ def test_other_predictions_than_tensors_by_site_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("format", "missing"), [("zarr", "zarr"), ("netcdf", "h5netcdf")])
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, format, missing):
-    monkeypatch.setitem(__import__("sys").modules, missing, None)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"need xarray and {missing}: pip .*\[predict\]"):
         PredictionWriter(tmp_path, format)
 
@@ -160,3 +203,23 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, format
 def test_a_format_that_is_not_served_is_refused(tmp_path):
     with pytest.raises(ValueError, match='format must be "zarr" or "netcdf"'):
         PredictionWriter(tmp_path, "csv")
+
+
+# LightningCLI asks jsonargparse and torch for names that newer releases of theirs deprecate.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_writer_is_described_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pyro-lightning"])
+    arguments = {
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "callbacks": {
+                "class_path": "pyro_lightning.PredictionWriter",
+                "init_args": {"folder": str(tmp_path), "format": "netcdf"},
+            },
+        }
+    }
+    options = {"save_config_callback": None, "seed_everything_default": False}
+    cli = LightningCLI(BoringModel, run=False, args=arguments, **options)
+    (writer,) = (each for each in cli.trainer.callbacks if isinstance(each, PredictionWriter))
+    assert (writer.folder, writer.format) == (tmp_path, "netcdf")

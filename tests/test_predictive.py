@@ -6,9 +6,8 @@ import pytest
 import torch
 from pyro.infer import Predictive, TraceEnum_ELBO
 from support import RowNormal
-from torch import nn
 
-from pyro_lightning import IndexedBatch, PyroSVIModule
+from pyro_lightning import PyroSVIModule
 from pyro_lightning.predictive import (
     draws_vectorise,
     global_draws,
@@ -175,92 +174,6 @@ def test_masked_rows_have_log_likelihood_zero():
     assert torch.equal(found != 0, kept.expand(S, B))
 
 
-def with_local(y):
-    mu = pyro.sample("mu", dist.Normal(3.0, 1.0))
-    with pyro.plate("data", len(y)):
-        z = pyro.sample("z", dist.Normal(mu, 2.0))
-        pyro.sample("y", dist.Normal(z, 1e-3), obs=y)
-
-
-def rows_of_guide():
-    """A module with a latent of each row, of which the guide says z_i = i."""
-    svi = made(with_local, IndexedBatch(Y, torch.arange(B)))
-    with torch.no_grad():
-        svi.guide.locs._parameters["z_unconstrained"].copy_(torch.arange(float(N)))
-        svi.guide.scales._parameters["z_unconstrained"].fill_(-9.0)  # softplus: 1e-4
-        svi.guide.scales._parameters["mu_unconstrained"].fill_(-9.0)
-    return svi
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_latents_of_rows_follow_the_numbers_of_the_rows(parallel):
-    svi = rows_of_guide()
-    rows = torch.tensor([70, 3, 3, 9])
-    batch = IndexedBatch(Y[:4], rows)
-    found = predictive_draws(
-        svi, batch, svi.posterior_samples(S), sites=["z", "y"], parallel=parallel
-    )
-    for name in ("z", "y"):
-        assert (found[name] - rows).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_rows_without_a_number_have_latents_of_the_prior_given_the_globals(parallel):
-    svi = rows_of_guide()
-    posterior = {"mu": torch.linspace(-50, 50, 500)}
-    z = predictive_draws(svi, Y[:3], posterior, sites="z", parallel=parallel)["z"]
-    standard = (z - posterior["mu"][:, None]) / 2
-    # Five standard errors of mean and sd of 500 draws, of each of the rows.
-    assert standard.mean(0).abs().max() < 5 * 500**-0.5
-    assert (standard.std(0) - 1).abs().max() < 5 * 1000**-0.5
-    assert standard.T.corrcoef().fill_diagonal_(0).abs().max() < 5 * 500**-0.5
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_rows_that_never_trained_are_drawn_from_the_prior_beside_those_that_did(parallel):
-    svi = rows_of_guide()
-    svi._trained = torch.arange(N) < 10
-    batch = IndexedBatch(Y[:4], torch.tensor([5, 50, 60, 7]))
-    posterior = {"mu": torch.full((500,), -100.0)}
-    z = predictive_draws(svi, batch, posterior, sites="z", parallel=parallel)["z"]
-    assert (z[:, [0, 3]] - torch.tensor([5.0, 7.0])).abs().max() < 0.01
-    standard = (z[:, 1:3] + 100) / 2
-    assert standard.mean(0).abs().max() < 5 * 500**-0.5
-    assert (standard.std(0) - 1).abs().max() < 5 * 1000**-0.5
-
-
-class Amortised(nn.Module):
-    """A guide whose latent of a row follows a global latent and the row."""
-
-    def __init__(self):
-        super().__init__()
-        self.loc = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, y):
-        mu = pyro.sample("mu", dist.Normal(self.loc, 5.0))
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Normal(2 * mu + y, 1e-3))
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_an_amortised_guide_draws_latents_of_rows_given_the_globals(parallel):
-    svi = made(with_local, Y, Amortised())
-    posterior = svi.posterior_samples(S)
-    z = predictive_draws(svi, Y, posterior, sites="z", parallel=parallel)["z"]
-    assert (z - 2 * posterior["mu"][:, None] - Y).abs().max() < 6e-3
-    found = log_likelihood_of(svi, Y, {"mu": torch.zeros(500)}, parallel=parallel)["y"]
-    # z - y is then 1e-3 times standard noise e, as is the model's: -e^2 / 2 and constants.
-    expected = -0.5 - 0.5 * torch.tensor(2 * torch.pi).log() - torch.tensor(1e-3).log()
-    assert found.mean(0) == pytest.approx(float(expected), abs=5 * (0.5 / 500) ** 0.5)
-
-
-def test_latents_of_rows_come_from_the_prior_where_that_is_asked_for():
-    svi = made(with_local, Y, Amortised())
-    posterior = {"mu": torch.full((500,), -100.0)}
-    z = predictive_draws(svi, Y, posterior, sites="z", local="prior")["z"]
-    assert ((z + 100) / 2).mean(0).abs().max() < 5 * 500**-0.5
-
-
 def test_draws_without_global_latents_need_their_number():
     def model(y):
         with pyro.plate("data", len(y)):
@@ -364,78 +277,31 @@ def test_global_latents_that_nothing_draws_are_refused():
     assert torch.equal(y.mean(1) > 500, k > 0)
 
 
-# -- latents that the ELBO sums out --------------------------------------------------------------
+def test_no_run_holds_more_draws_than_a_chunk():
+    held = []
 
-W = torch.tensor([0.2, 0.5, 0.3])
-LOCS = torch.tensor([-2.0, 0.0, 3.0])
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        held.append(w.numel())
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
 
-
-def mixture(y, u=None, t=None):
-    """Discrete latents of each row, over what a row observes."""
-    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(y), dim=-1):
-        k = pyro.sample("k", dist.Categorical(W), infer={"enumerate": "parallel"})
-        pyro.sample("y", dist.Normal(LOCS[k] + shift, 0.7), obs=y)
-        if u is not None:
-            pyro.sample("u", dist.Normal(k.float(), 1.0), obs=u)
-            pyro.sample("v", dist.Normal(shift, 1.0), obs=u)
-        if t is not None:
-            with pyro.plate("time", 3, dim=-2):
-                pyro.sample("t", dist.Normal(LOCS[k], 1.0), obs=t.T)
+    svi = made(model, (X, Y))
+    posterior = svi.posterior_samples(S)
+    held.clear()
+    predictive_draws(svi, (X,), posterior, chunk_size=16)
+    assert max(held) == 16 and held[-3:] == [16, 16, 8]
 
 
-def component_densities(posterior, y):
-    """log p(y | k), (S, B, 3)."""
-    locs = LOCS + posterior["shift"][:, None, None]
-    return dist.Normal(locs, 0.7).log_prob(y[:, None])
+def test_plates_of_columns_stay_with_the_row():
+    def model(x, y=None):
+        with pyro.plate("items", 5, dim=-1):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("users", len(x), dim=-2):
+                pyro.sample("y", dist.Normal(level + x[:, None], 1e-3), obs=y)
 
-
-def shift_alone(y, u=None, t=None):
-    pyro.sample("shift", dist.Normal(pyro.param("m", torch.tensor(0.3)), 0.5))
-
-
-def summed_out(*batch):
-    svi = made(mixture, batch, shift_alone, elbo=TraceEnum_ELBO(max_plate_nesting=2))
-    return svi, svi.posterior_samples(S)
-
-
-@pytest.mark.parametrize("parallel", [None, True, False])
-@pytest.mark.parametrize("rows", [B, 1])
-def test_log_likelihood_sums_out_what_the_elbo_does(parallel, rows):
-    svi, posterior = summed_out(Y)
-    found = log_likelihood_of(svi, Y[:rows], posterior, parallel=parallel, chunk_size=7)
-    expected = (component_densities(posterior, Y[:rows]) + W.log()).logsumexp(-1)
-    assert found.keys() == {"y"}
-    torch.testing.assert_close(found["y"], expected)
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_sites_that_share_a_latent_that_is_summed_out_have_one_likelihood(parallel):
-    svi, posterior = summed_out(Y, X)
-    found = log_likelihood_of(svi, (Y, X), posterior, parallel=parallel)
-    under_k = component_densities(posterior, Y) + dist.Normal(torch.arange(3.0), 1.0).log_prob(
-        X[:, None]
-    )
-    assert found.keys() == {"u+y", "v"}
-    torch.testing.assert_close(found["u+y"], (under_k + W.log()).logsumexp(-1))
-    expected = dist.Normal(posterior["shift"][:, None], 1.0).log_prob(X)
-    torch.testing.assert_close(found["v"], expected)
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_a_latent_that_is_summed_out_joins_the_plates_within_its_row(parallel):
-    t = torch.stack([X, X + 1, X - 2], 1)
-    svi, posterior = summed_out(Y, None, t)
-    found = log_likelihood_of(svi, (Y, None, t), posterior, parallel=parallel)
-    of_times = dist.Normal(LOCS, 1.0).log_prob(t[..., None]).sum(1)
-    under_k = component_densities(posterior, Y) + of_times
-    assert found.keys() == {"t+y"}
-    torch.testing.assert_close(found["t+y"], (under_k + W.log()).logsumexp(-1))
-
-
-def test_latents_that_are_summed_out_are_drawn_from_the_prior():
-    svi, _ = summed_out(Y)
-    posterior = {"shift": torch.zeros(3000)}
-    k = predictive_draws(svi, Y[:2], posterior, sites="k", parallel=True)["k"]
-    found = torch.stack([(k == each).float().mean() for each in range(3)])
-    assert (found - W).abs().max() < 5 * (0.25 / 6000) ** 0.5
+    svi = made(model, (X, torch.zeros(B, 5)), data_plate={"users": N, "items": 5})
+    posterior = svi.posterior_samples(S)
+    for parallel in (True, False):
+        y = predictive_draws(svi, (X,), posterior, parallel=parallel)["y"]
+        assert (y - posterior["level"][:, None] - X[:, None]).abs().max() < 6e-3

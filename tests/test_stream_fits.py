@@ -2,6 +2,7 @@
 
 import pytest
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from stream_support import (
     B,
     N,
@@ -87,6 +88,20 @@ def test_a_data_set_made_where_there_were_other_processes_is_refused(monkeypatch
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match="rank 0 of 2, but this is rank 0 of 1.*Make it in setup"):
         quiet_trainer(max_epochs=1).fit(PyroSVIModule(mean_of, dataset_size=N), early)
+
+
+@pytest.mark.parametrize(
+    "several",
+    [list, lambda pair: dict(zip("ab", pair, strict=True)), CombinedLoader],
+    ids=["list", "dict", "CombinedLoader"],
+)
+def test_each_of_several_data_sets_is_looked_at(several, monkeypatch, shards):
+    here = lit_loader(shards)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    pair = [here, lit_loader(shards)]
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ValueError, match="rank 0 of 2, but this is rank 0 of 1.*Make it in setup"):
+        quiet_trainer(max_epochs=1).fit(PyroSVIModule(mean_of, dataset_size=N), several(pair))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.util import warn_if_nan
 from support import quiet_trainer
 from torch import _inductor
@@ -22,6 +26,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from pyro_lightning._lightning import wrapped_batches
 from pyro_lightning._upstream import (
     answer_to_check,
+    came_from_data,
+    class_made_by,
     compile_graph,
     copy_all,
     handlers_around,
@@ -276,6 +282,43 @@ def test_torch_opens_the_files_that_it_saves_and_refuses_others(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RuntimeError, match="PytorchStreamReader"):
         open_records(str(path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_a_data_set_are_told_from_the_end_of_its_loader(workers):
+    class Ends(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise StopIteration
+
+    def end_of(data):
+        batches = iter(torch.utils.data.DataLoader(data, num_workers=workers))
+        with pytest.raises(StopIteration) as caught:
+            while True:
+                next(batches)
+        return caught.value
+
+    assert came_from_data(end_of(Ends()))
+    assert not came_from_data(end_of(range(2)))
+
+
+def test_a_class_path_with_arguments_left_is_a_partial_that_names_the_class():
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--guide", type=Callable[[Any], AutoGuide])
+    found = parser.parse_args(["--guide=AutoNormal", "--guide.init_scale=0.5"])
+    factory = parser.instantiate_classes(found).guide
+    assert class_made_by(factory) is AutoNormal
+    assert factory(lambda: None)._init_scale == 0.5
+
+
+def test_other_partials_are_of_their_function():
+    assert class_made_by(partial(AutoNormal, init_scale=0.5)) is AutoNormal
+    assert class_made_by(partial(print, AutoNormal)) is print
+    assert class_made_by(AutoNormal) is AutoNormal
 
 
 def test_lightning_wraps_what_makes_the_batches_that_are_predicted():
