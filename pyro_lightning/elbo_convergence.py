@@ -74,12 +74,12 @@ class ELBOConvergence(Callback):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
-        >>> stop = ELBOConvergence(window=100)
-        >>> trainer = Trainer(accelerator="cpu", max_epochs=5000, logger=False,
+        >>> stop = ELBOConvergence(window=50, mcse=0.1)
+        >>> trainer = Trainer(accelerator="cpu", max_epochs=500, logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False,
         ...     enable_model_summary=False, callbacks=[stop])
-        >>> svi = PyroSVIModule(model)
-        >>> trainer.fit(svi, datamodule=ArrayDataModule(torch.ones(9), batch_size=9))
+        >>> svi = PyroSVIModule(model, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+        >>> trainer.fit(svi, datamodule=ArrayDataModule(torch.ones(90), batch_size=9))
         >>> stop.converged
         True
 
