@@ -74,7 +74,6 @@ class LifeCycle(Runs):
     _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
     _given_size: int | None
     _checks: bool
-    lr: float | None
     steps_per_batch: int = 1
     _watched: Mapping[str, Any] = MappingProxyType({})
     _rows_per_step: int | None = None
@@ -344,7 +343,7 @@ class LifeCycle(Runs):
             raise TypeError(
                 f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
             )
-        set_learning_rate(made, self.lr)
+        set_learning_rate(made, self.__dict__.get("lr"))
         optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:

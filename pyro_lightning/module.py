@@ -183,7 +183,8 @@ class PyroSVIModule(AfterFit):
         self._prediction = read_prediction(prediction)
         self._read_metrics(metrics)
         self._own(model, guide, default_guide=AutoNormal)
-        self._names_of_library = frozenset(vars(self)).difference(before)
+        # A model of the user's may read a number by the name of `lr`.
+        self._names_of_library = frozenset(vars(self)).difference(before, {"lr"})
 
     # -- loss ----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from compiled_support import AS_TRACED, assert_equal_steps, is_compiled
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -180,6 +181,25 @@ def test_a_subclass_may_hold_a_network_by_the_name():
     svi = Logistic()
     fit(svi, seen, max_epochs=1)
     assert isinstance(svi.lr, torch.nn.Linear) and seen.rates == [0.01] * 6
+
+
+def test_a_compiled_model_may_read_a_number_by_the_name():
+    class Scaled(PyroSVIModule):
+        def __init__(self, **options):
+            super().__init__(dataset_size=22, **options)
+            self.lr = 2.0
+
+        def model(self, x, y):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(self.lr * w, 1.0), obs=y)
+
+    compiled, eager = Scaled(compile=AS_TRACED), Scaled()
+    batches = [[each[start : start + 4] for each in arrays()] for start in (0, 4, 8)]
+    assert_equal_steps(compiled, eager, batches, 1e-5, 1e-4)
+    assert is_compiled(compiled)
+    compiled.lr = eager.lr = 3.0
+    assert_equal_steps(compiled, eager, batches, 1e-5, 1e-4)
 
 
 def test_groups_with_rates_of_their_own_are_not_levelled():
