@@ -17,9 +17,10 @@ test: .venv/test
 	$(MAKE) examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --doctest-modules pyro_lightning tests
 
-# The site, in .venv/site; a warning is an error. The variable silences an announcement of mkdocs.
+# The site, in .venv/site; a warning is an error, unless --quiet hides it. The variable silences an
+# announcement of the theme.
 docs: .venv/test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir .venv/site
 
 # Every example with tiny arguments: they run, the figures mean nothing.
 examples: .venv/test

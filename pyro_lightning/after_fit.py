@@ -8,6 +8,7 @@ from pyro_lightning.arviz_apis import CONTAINERS, make_container
 from pyro_lightning.guide_check import GuideCheck, check_guide
 from pyro_lightning.inference_data import GROUPS, collect_groups, named_dims, read_groups
 from pyro_lightning.prediction_hooks import Predictions
+from pyro_lightning.prepared import local_sites
 
 
 class AfterFit(Predictions):
@@ -43,6 +44,19 @@ class AfterFit(Predictions):
             RuntimeError: Before the first fit or loss.
             ValueError: For latents in the data plate or that the guide does not draw, a guide
                 without width, data of other than N rows, and weights that are NaN.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> from pyro_lightning import ArrayDataModule, PyroSVIModule
+            >>> def model(x):
+            ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
+            >>> svi = PyroSVIModule(model, dataset_size=100)
+            >>> _ = svi.loss(torch.ones(100))
+            >>> data = ArrayDataModule(torch.ones(100), batch_size=50)
+            >>> svi.check_guide(data, 200).agrees  # it has not trained
+            False
 
         Source: Yao et al. 2018, "Yes, but did it work?: Evaluating variational inference"; Vehtari
         et al. 2024, "Pareto smoothed importance sampling".
@@ -91,6 +105,20 @@ class AfterFit(Predictions):
             ValueError: For names, labels and groups that are not there, and for a group that
                 cannot be made, as the likelihood of rows whose latents are summed out.
 
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> from pyro_lightning import ArrayDataModule, PyroSVIModule
+            >>> def model(x):
+            ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
+            >>> svi = PyroSVIModule(model, dataset_size=10)
+            >>> _ = svi.loss(torch.zeros(10))
+            >>> data = ArrayDataModule(torch.zeros(10), batch_size=4)
+            >>> found = svi.to_inference_data(data, 50, dims={"x": ["day"]})
+            >>> dict(found["log_likelihood"]["x"].sizes)
+            {'chain': 1, 'draw': 50, 'day': 10}
+
         Source: the schema of ArviZ's InferenceData.
         """
         num_samples = read_count(num_samples, "num_samples")
@@ -102,5 +130,6 @@ class AfterFit(Predictions):
         )
         plate = next(iter(self._row_plates()), "row")
         labels = {} if coords is None else coords
-        named = named_dims(found, plate, {} if dims is None else dims, labels)
+        local = local_sites(self) if local_latents else ()
+        named = named_dims(found, plate, {} if dims is None else dims, labels, local)
         return make_container(found, dims=named, coords=labels, container=container)

@@ -62,8 +62,13 @@ def make_container(
             "has a DataTree in its place"
         )
     base = _found("arviz_base")
+    if base is None and container == "DataTree":
+        raise ImportError(
+            "container='DataTree' needs ArviZ 1.x, of which arviz-base is enough: pip install "
+            "arviz-base"
+        )
     if base is None:
-        base = _needed("arviz_base" if container == "DataTree" else "arviz")
+        base = _needed("arviz")
     return base.from_dict(
         dict(groups), dims=dict(dims), coords=dict(coords), sample_dims=list(_SAMPLES)
     )
@@ -82,6 +87,4 @@ def _needed(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f'this needs {name}: pip install "pyro-lightning[arviz]", or arviz of any version'
-        ) from error
+        raise ImportError(f'this needs {name}: pip install "pyro-lightning[arviz]"') from error

@@ -30,8 +30,10 @@ class GuideCheck:
     with a light tail. Pareto k-hat is the shape of that tail: below 0.5 weighted draws are good, up
     to :math:`\min(1 - 1/\log_{10} S, 0.7)` usable, and above neither they nor the guide's own can
     be relied on. It speaks for all latents together. A guide that is too wide has good weights, and
-    shows in the table, which compares its marginals with the weighted ones. A mode that no draw of
-    the guide came near shows in none of these numbers.
+    shows in the table, which compares its marginals with the weighted ones. Of many latents, a
+    hundred or so, small errors of each add up to a large k-hat though the marginals may be fine;
+    :func:`pyro_lightning.simulation_based_calibration` tells of these. A mode that no draw of the
+    guide came near shows in none of these numbers.
 
     Attributes:
         k: Pareto k-hat.
@@ -127,7 +129,8 @@ class GuideCheck:
 
     def _lines(self) -> list[str]:
         uncertain = [
-            "The weighted columns are uncertain themselves: they show a direction, no size."
+            "The weighted columns are of few draws, and narrower than the posterior: by them a "
+            "guide can be told to be too narrow, and nothing else."
         ]
         return [
             f"Pareto k-hat {self.k:.2f} of {self.num_samples:,} draws: {self.verdict}.",

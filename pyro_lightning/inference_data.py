@@ -225,6 +225,7 @@ def named_dims(
     plate: str,
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
+    local: Iterable[str] = (),
 ) -> dict[str, list[str]]:
     """Name the dimension of rows after their plate where the user has given no names.
 
@@ -233,6 +234,7 @@ def named_dims(
         plate: Name of the plate over rows.
         dims: The user's names of dimensions, by variable.
         coords: The user's labels along a dimension.
+        local: Names of latents of rows.
 
     Returns:
         Names of dimensions by variable.
@@ -247,7 +249,7 @@ def named_dims(
     """
     own = {name: [each] if isinstance(each, str) else list(each) for name, each in dims.items()}
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    of_rows = set()
+    of_rows = set(local)
     for group, variables in groups.items():
         for name, array in variables.items():
             shapes.setdefault(name, []).append(array.shape[0 if group in _OF_DATA else 2 :])

@@ -113,7 +113,7 @@ def verdict(k: float, num_samples: int) -> tuple[bool, str]:
         )
     how = "few draws have most of the weight" if k < 1 else "the weights have no mean"
     return False, (
-        f"bad: the guide misses a part of the posterior ({how}), and neither its draws nor "
-        "weighted ones should be relied on. Take a richer guide, such as AutoMultivariateNormal or "
-        "a flow, train longer, or write the model in other parameters"
+        f"bad: guide and posterior are far apart ({how}), and neither the guide's draws nor "
+        "weighted ones should be relied on. Train longer, take a richer guide, such as "
+        "AutoMultivariateNormal or a flow, or write the model in other parameters"
     )

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from pyro_lightning.arguments import read_callable, read_count, shortly
-from pyro_lightning.batches import count_rows, map_tensors
+from pyro_lightning.batches import count_rows
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.module import PyroSVIModule
-from pyro_lightning.simulation import Key, rank_among, simulate
+from pyro_lightning.simulation import Key, as_tensors, rank_among, simulate
 from pyro_lightning.states import forked_noise
 from pyro_lightning.uniformity import LEAST_SAMPLES, CalibrationCheck, check_ranks
 
@@ -82,7 +82,7 @@ def simulation_based_calibration(
         )
     num_simulations = read_count(num_simulations, "num_simulations")
     num_samples = read_count(num_samples, "num_samples", LEAST_SAMPLES)
-    arrays = map_tensors(arrays, torch.Tensor.clone)
+    arrays = as_tensors(arrays)
     size = count_rows(arrays) if batch_size is None else read_count(batch_size, "batch_size")
     # Drawn beforehand: a fit that seeds its random numbers would make all data equal.
     seeds = torch.randint(2**62, (num_simulations,), device="cpu").tolist()

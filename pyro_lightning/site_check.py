@@ -1,7 +1,7 @@
 """The guide's marginal of one latent against its importance-weighted draws."""
 
 from dataclasses import dataclass
-from math import isfinite, log
+from math import log
 
 import torch
 
@@ -62,10 +62,12 @@ class SiteCheck:
 
     @property
     def worst(self) -> tuple[int, ...]:
-        """The entry that is furthest off."""
+        """The entry that is furthest off; of weights without reliance the narrowest."""
         shift, ratio = self._least
-        off = torch.maximum(self.shift.abs() / shift, self.sd_ratio.log().abs() / ratio)
-        place = int(off.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())
+        off = -self.sd_ratio.log()
+        if self.reliable:
+            off = torch.maximum(self.shift.abs() / shift, off.abs() / ratio)
+        place = int(off.nan_to_num(nan=-torch.inf, posinf=torch.inf).argmax())
         return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), off.shape))
 
     @property
@@ -79,13 +81,13 @@ class SiteCheck:
         if not self.guide_sd.any():
             return "a point"
         shift, ratio = float(self.shift[self.worst]), float(self.sd_ratio[self.worst])
-        if not isfinite(ratio):  # one draw has all the weight
-            return "cannot tell"
         least_shift, least_ratio = self._least
         said = []
-        if abs(shift) > least_shift:
+        # A few draws with all the weight are narrower than the posterior and somewhere in it: by
+        # them a guide can be too narrow, and nothing else.
+        if self.reliable and abs(shift) > least_shift:
             said.append(f"too {'high' if shift > 0 else 'low'} by {abs(shift):.2g} sd")
-        if abs(log(ratio)) > least_ratio:
+        if log(ratio) < -least_ratio or (self.reliable and log(ratio) > least_ratio):
             said.append(f"too {'wide' if ratio > 1 else 'narrow'}: {ratio:.2g} of the sd")
         return ", ".join(said) or ("agrees" if self.reliable else "cannot tell")
 

@@ -197,6 +197,7 @@ def test_latents_of_rows_are_drawn_for_each_row():
     data = ArrayDataModule(x, batch_size=15)
     torch.manual_seed(0)
     found = svi.to_inference_data(data, 100, local_latents=True)
+    assert found["posterior"]["z"].dims == ("chain", "draw", "data")
     z, predicted = found["posterior"]["z"].values[0], found["posterior_predictive"]["x"].values[0]
     np.testing.assert_allclose(z, means.expand(100, N), atol=0.06)
     # A predictive draw is one around the latents of the same draw.
@@ -263,7 +264,7 @@ def test_likelihoods_sum_out_what_the_elbo_sums_out():
     np.testing.assert_allclose(found["log_likelihood"]["x"][0], expected, atol=1e-5)
 
 
-def test_an_inference_data_needs_arviz_before_1(monkeypatch):
+def test_without_arviz_the_error_says_what_to_install(monkeypatch):
     import pyro_lightning.arviz_apis as apis
 
     def missing(name):
@@ -273,6 +274,8 @@ def test_an_inference_data_needs_arviz_before_1(monkeypatch):
     monkeypatch.setattr(apis, "import_module", missing)
     with pytest.raises(ImportError, match=r"pip install \"pyro-lightning\[arviz\]\""):
         svi.to_inference_data(data, 10)
+    with pytest.raises(ImportError, match="needs ArviZ 1.x, of which arviz-base is enough"):
+        svi.to_inference_data(data, 10, container="DataTree")
     with pytest.raises(ImportError, match="needs ArviZ before 1.0"):
         svi.to_inference_data(data, 10, container="InferenceData")
 

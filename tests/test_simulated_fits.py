@@ -89,6 +89,7 @@ class Regression(PyroSVIModule):
 
 def test_fits_by_the_trainer_to_data_by_name_are_ranked():
     x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    given = {"x": x.numpy(), "y": torch.zeros(40)}
     torch.manual_seed(0)
     seen = []
 
@@ -99,9 +100,7 @@ def test_fits_by_the_trainer_to_data_by_name_are_ranked():
         assert torch.equal(batch["x"][:, 0].sort().values, x[:, 0].sort().values)
         quiet_trainer(max_epochs=60).fit(svi, data)
 
-    check = simulation_based_calibration(
-        Regression, {"x": x, "y": torch.zeros(40)}, {"y": "y"}, fit, num_simulations=4
-    )
+    check = simulation_based_calibration(Regression, given, {"y": "y"}, fit, num_simulations=4)
     assert len({tuple(y.tolist()) for y in seen}) == 4  # new data each time
     assert check.ranks["layer.weight"].shape == (4, 1, 2)
     assert check.ranks["layer.bias"].shape == (4, 1)
