@@ -82,9 +82,8 @@ class ELBOConvergence(Callback):
         >>> stop.converged
         True
 
-    Source: Dhaka et al. 2020, "Robust, accurate stochastic optimization for variational inference",
-    algorithm 1; Welandawe et al. 2022, "Robust, automated, and accurate black-box variational
-    inference", section 4.
+    Source: Dhaka et al. 2020, "Robust, accurate stochastic optimization for variational inference";
+    Welandawe et al. 2022, "Robust, automated, and accurate black-box variational inference".
     """
 
     def __init__(
