@@ -38,6 +38,7 @@ from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.layout import shapes_of
+from pyro_lightning.learning_rate import set_learning_rate
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
@@ -343,6 +344,7 @@ class LifeCycle(Runs):
             raise TypeError(
                 f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
             )
+        set_learning_rate(made, self.__dict__.get("lr"))
         optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:
