@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from annealing_support import Seen, linear
+from compiled_models import rows as rows_model
 from elbo_models import GivenNoise
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
@@ -141,6 +142,15 @@ def test_compiled_steps_read_the_weight(steps_per_batch):
     assert_same_fit(compiled, eager, rtol=1e-4, atol=1e-5)
     with pytest.raises(AssertionError):
         assert_same_fit(fit(1), eager, rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_steps_read_the_weight_of_latents_of_rows():
+    found = annealed(4, model=rows_model, compile={"backend": "eager"})
+    assert found[0]._compiled.traces == 1
+    expected = annealed(1, model=rows_model)
+    assert_same_fit(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same_fit(fit(1, model=rows_model), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_second_fit_compiled_without_annealing_has_no_weight():
