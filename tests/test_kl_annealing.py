@@ -169,12 +169,16 @@ def test_a_second_fit_compiled_without_annealing_has_no_weight():
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps_per_batch", [1, 2])
-def test_a_fit_goes_on_with_the_weights_that_it_would_have_had(tmp_path, steps_per_batch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps_per_batch": 2}, {"compile": {"backend": "eager"}}],
+    ids=["one step", "several", "compiled"],
+)
+def test_a_fit_goes_on_with_the_weights_that_it_would_have_had(tmp_path, options):
     # With latents of each row, in the middle of an epoch and at its end.
     assert_goes_on(
         tmp_path,
-        make(steps_per_batch=steps_per_batch),
+        make(**options),
         rows(),
         at=(1, -1),
         callbacks=[partial(KLAnnealing, steps=15)],
