@@ -43,6 +43,7 @@ from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
+from pyro_lightning.rank_zero import first_rank_logs
 from pyro_lightning.ranks import (
     callbacks_of_ranks,
     check_callbacks,
@@ -220,7 +221,7 @@ class LifeCycle(Runs):
         training = stage == "fit"
         if not training and self._dataset_size is None and not self._size_is_stated():
             return  # a checkpoint may know it, which is read after this
-        with failing_together(self.trainer):
+        with failing_together(self.trainer), first_rank_logs():
             loader, source = self._read_data(stage)
             # What was rebuilt of a checkpoint is checked before it trains.
             ready = self._initialised and bool(self._checked_rows or not training)
