@@ -101,13 +101,19 @@ def here(tmp_path, monkeypatch):
 FINDER = {"min_lr": 1e-4, "max_lr": 1.0}
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}, {"model": model}])
-def test_a_fit_after_the_search_is_the_one_without_it(here, options):
-    finder = LearningRateFinder(**FINDER, num_training_steps=15, update_attr=False)
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    # Compiled steps that end within the first epoch, and beyond it.
+    [({}, 15), ({"model": model}, 15), ({"compile": AS_TRACED}, 5), ({"compile": AS_TRACED}, 15)],
+)
+def test_a_fit_after_the_search_is_the_one_without_it(here, options, steps):
+    finder = LearningRateFinder(**FINDER, num_training_steps=steps, update_attr=False)
     searched, plain = make(**options), make(**options)
     fit(searched, finder)
     fit(plain)
-    assert len(finder.optimal_lr.results["lr"]) == 15
+    assert len(finder.optimal_lr.results["lr"]) == steps
+    if "compile" in options:
+        assert any(entry.fused is not None for entry in searched._compiled._entries)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if "compile" in options else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(searched.state_dict(), plain.state_dict(), **tolerance)
 
