@@ -22,7 +22,7 @@ from pyro_lightning.predictive import (
 from pyro_lightning.prepared import local_sites
 from pyro_lightning.retold import telling
 from pyro_lightning.rows import data_of
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 GROUPS = (
     "posterior",
@@ -193,7 +193,7 @@ def prior_draws(module: Any, num_samples: int) -> dict[str, torch.Tensor]:
     drawn: list[dict[str, torch.Tensor]] = []
     with (
         torch.no_grad(),
-        preserved_buffers(module),
+        evaluating(module),
         module._isolated() as handled,
         module._rows_of(batch, rows),
     ):

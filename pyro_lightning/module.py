@@ -32,7 +32,7 @@ from pyro_lightning.runs import STATE_N
 from pyro_lightning.saved_sites import refuse_other_draws
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 
 class PyroSVIModule(AfterFit):
@@ -362,9 +362,8 @@ class PyroSVIModule(AfterFit):
             count = len(batch.rows)
         args, kwargs = self.model_inputs(data_of(batch))
         plates, at_once = () if given else self._row_plates(), draws_at_once(self.guide)
-        # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (
-            preserved_buffers(self),
+            evaluating(self),
             self._isolated() as handled,
             self._rows_of(batch, count),
         ):
