@@ -25,7 +25,7 @@ from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
-from pyro_lightning.prediction import Prediction, read_prediction
+from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
@@ -141,7 +141,7 @@ class PyroSVIModule(AfterFit):
         steps_per_batch: int = 1,
         save_example: bool = True,
         bad_batches: str = "raise",
-        prediction: Prediction | Mapping[str, Any] | None = None,
+        prediction: Prediction | PredictionFields | None = None,
         metrics: Given = None,
     ) -> None:
         before = set(vars(self))
