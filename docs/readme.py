@@ -1,7 +1,7 @@
-"""Sections of the README as parts of pages: a fact stands in one place.
+"""Sections of the README, and files, as parts of pages: a fact stands in one place.
 
 A line ``{{ readme: Quick start }}`` of a page becomes the text under that heading of the README, up
-to the next heading of its level.
+to the next heading of its level; a line ``{{ file: examples/configs/visits.yaml }}`` that file.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
 _HERE = re.compile(r"^\{\{ readme: (.+?) \}\}$", re.MULTILINE)
+_FILE = re.compile(r"^\{\{ file: (.+?) \}\}$", re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 
 
@@ -38,9 +39,14 @@ def _linked(match: re.Match[str], up: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put sections in their place."""
+    """Put sections and files in their place."""
     text = README.read_text(encoding="utf-8")
     up = "../" * page.file.src_uri.count("/")
-    return _HERE.sub(
+    markdown = _HERE.sub(
         lambda here: _LINK.sub(lambda link: _linked(link, up), section(text, here[1])), markdown
     )
+    return _FILE.sub(lambda here: _block(README.parent / here[1]), markdown)
+
+
+def _block(path: Path) -> str:
+    return f"```{path.suffix[1:]}\n{path.read_text(encoding='utf-8').rstrip()}\n```"

@@ -151,7 +151,7 @@ def rising_weight(done: int, length: int, start: float, cycles: int, ramp: float
         >>> [rising_weight(t, 8, 0.0, 2, 0.5) for t in range(9)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
 
-    Source: Fu et al. 2019, "Cyclical annealing schedule", equations 6 and 7.
+    Source: Fu et al. 2019, "Cyclical annealing schedule".
     """
     if done >= length:
         return 1.0

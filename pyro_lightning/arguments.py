@@ -116,6 +116,17 @@ def read_number(value: Any, name: str, *, positive: bool = False, finite: bool =
     return number
 
 
+def read_tensor(value: Any, name: str) -> torch.Tensor:
+    """Read a tensor of real numbers.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if not isinstance(value, torch.Tensor) or value.is_complex():
+        raise TypeError(f"{name} must be a tensor of real numbers, got {shortly(value)}")
+    return value
+
+
 def read_sizes(value: Any, name: str) -> dict[str, int]:
     """Read a mapping of names to whole numbers.
 

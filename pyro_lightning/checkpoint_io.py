@@ -22,7 +22,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     in the folder for temporary files and moves it, which over file systems is a copy and can be cut
     short; torch reads a tensor in which a bit has flipped without a word. :class:`PyroSVIModule`
     puts this in the place of Lightning's default; ``Trainer(plugins=[AtomicCheckpointIO()])`` does
-    it for other modules. Remote paths are written as Lightning does.
+    it for other modules, and ``AsyncCheckpointIO(AtomicCheckpointIO())`` beside the fit. Remote
+    paths are written as Lightning does.
 
     Raises:
         TypeError: When a checkpoint could not be read without running code.
@@ -86,3 +87,13 @@ def use_safe_files(trainer: Trainer) -> None:
     """Have a Trainer write and read checkpoints so, unless it was given a way of its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def is_checked_as_written(trainer: Trainer | None) -> bool:
+    """Whether the one process that there is refuses code as it writes a checkpoint.
+
+    Of several only the first writes, and the others would wait for it.
+    """
+    if trainer is None or trainer.world_size > 1:
+        return False
+    return isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)

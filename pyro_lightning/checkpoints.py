@@ -12,7 +12,11 @@ from torch.nn.parameter import is_lazy
 from pyro_lightning._lightning import restricted_classmethod, resumes_fit, stage_of
 from pyro_lightning.arguments import read_flag, read_map_location, read_path
 from pyro_lightning.batches import map_tensors
-from pyro_lightning.checkpoint_io import use_safe_files, verify_local_file
+from pyro_lightning.checkpoint_io import (
+    is_checked_as_written,
+    use_safe_files,
+    verify_local_file,
+)
 from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
@@ -66,7 +70,8 @@ class Checkpoints(StateDicts):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint[KEY] = self._to_store()
-        refuse_code(checkpoint)
+        if not is_checked_as_written(self._trainer):
+            refuse_code(checkpoint)
 
     def _to_store(self) -> dict[str, Any]:
         example, problem = self._packed_example()

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from pyro_lightning.arguments import read_tensor
+
 
 def pointwise_density(log_likelihood: torch.Tensor) -> torch.Tensor:
     r"""Average the likelihood of each observation over draws, in logarithms.
@@ -18,11 +20,13 @@ def pointwise_density(log_likelihood: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: For another shape, or no draw.
+        TypeError: For what is no tensor of real numbers.
 
     Example:
         >>> pointwise_density(torch.tensor([[0.25, 1.0], [0.75, 1.0]]).log()).exp()
         tensor([0.5000, 1.0000])
     """
+    log_likelihood = read_tensor(log_likelihood, "log_likelihood")
     if log_likelihood.dim() != 2 or not len(log_likelihood):
         raise ValueError(
             "log_likelihood must be (S, B), at least one draw by observations, got "

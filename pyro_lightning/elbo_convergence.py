@@ -1,13 +1,11 @@
 """The callback that stops a fit once its iterates are stationary and their mean is exact."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
 from pyro_lightning.arguments import read_count, read_number
@@ -15,6 +13,7 @@ from pyro_lightning.guide_units import units_of_parameters
 from pyro_lightning.iterates import Trail, best_r_hat, exactness, split_r_hat
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.rank_zero import warn
+from pyro_lightning.running_mean import RunningMean
 
 _KEY = "pyro_lightning_iterate"
 
@@ -59,12 +58,12 @@ class ELBOConvergence(Callback):
     Attributes:
         converged: Whether the fit has stopped by this criterion.
         stationary_at: The optimizer step with which averaging began; None before.
-        averaged: How many iterates are in the mean.
 
     Raises:
         TypeError: For arguments of a wrong kind, or another module than a ``PyroSVIModule``.
-        ValueError: For numbers that cannot be; and beside a ``WeightAveraging`` callback, which
-            puts another mean in the same place.
+        ValueError: For numbers that cannot be; beside a ``WeightAveraging`` callback, which puts
+            another mean in the same place; and beside ``ModelCheckpoint(save_weights_only=True)``,
+            in which Lightning lets no callback put a mean.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -74,18 +73,17 @@ class ELBOConvergence(Callback):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(mu, 1.), obs=x)
-        >>> stop = ELBOConvergence(window=100)
-        >>> trainer = Trainer(accelerator="cpu", max_epochs=5000, logger=False,
+        >>> stop = ELBOConvergence(window=50, mcse=0.1)
+        >>> trainer = Trainer(accelerator="cpu", max_epochs=500, logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False,
         ...     enable_model_summary=False, callbacks=[stop])
-        >>> svi = PyroSVIModule(model)
-        >>> trainer.fit(svi, datamodule=ArrayDataModule(torch.ones(9), batch_size=9))
+        >>> svi = PyroSVIModule(model, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+        >>> trainer.fit(svi, datamodule=ArrayDataModule(torch.ones(90), batch_size=9))
         >>> stop.converged
         True
 
-    Source: Dhaka et al. 2020, "Robust, accurate stochastic optimization for variational inference",
-    algorithm 1; Welandawe et al. 2022, "Robust, automated, and accurate black-box variational
-    inference", section 4.
+    Source: Dhaka et al. 2020, "Robust, accurate stochastic optimization for variational inference";
+    Welandawe et al. 2022, "Robust, automated, and accurate black-box variational inference".
     """
 
     def __init__(
@@ -113,20 +111,24 @@ class ELBOConvergence(Callback):
         self._step = 0
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._places: list[tuple[str, torch.Tensor]] = []
-        self._swapped = False
         self._begin()
 
     def _begin(self) -> None:
         """Begin the first phase."""
         self.stationary_at: int | None = None
-        self.averaged = 0
-        self._mean: dict[str, torch.Tensor] | None = None
+        self._mean: RunningMean | None = None
+        self._averaged = 0
         self._found: dict[str, float] = {}
         self._restart()
 
     def _restart(self) -> None:
         """Forget the iterates."""
         self._trail, self._since = Trail(4 * self.window), 0
+
+    @property
+    def averaged(self) -> int:
+        """How many iterates are in the mean."""
+        return self._averaged if self._mean is None else self._mean.count
 
     # -- a fit -----------------------------------------------------------------------------------
 
@@ -141,6 +143,13 @@ class ELBOConvergence(Callback):
             raise ValueError(
                 "ELBOConvergence and WeightAveraging both put a mean of the iterates in the place "
                 "of the last: leave one out."
+            )
+        saving = (each for each in trainer.callbacks if isinstance(each, ModelCheckpoint))  # type: ignore[attr-defined]
+        if any(each.save_weights_only for each in saving):
+            raise ValueError(
+                "ModelCheckpoint(save_weights_only=True) lets no callback put in what is saved, so "
+                "that it would hold the last iterate and not the mean that is validated. Leave "
+                "save_weights_only out."
             )
         self._forget()
 
@@ -167,8 +176,8 @@ class ELBOConvergence(Callback):
         """Find the parameters, which set-up has made, on their device."""
         self._find(pl_module)
         self._trail.to(pl_module.device)
-        for name, mean in (self._mean or {}).items():
-            mean.data = mean.to(self._parameters[name].device)
+        if self._mean is not None:
+            self._mean.to_parameters()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
@@ -202,9 +211,7 @@ class ELBOConvergence(Callback):
             if weight is not None and weight < 1:
                 return
         if self._mean is not None:
-            self.averaged += 1
-            for name, mean in self._mean.items():
-                mean.add_(self._parameters[name].detach() - mean, alpha=1 / self.averaged)
+            self._mean.add()
         entries = [self._parameters[name].reshape(-1)[places] for name, places in self._places]
         if self._trail.add(torch.cat([each.float() for each in entries])):
             self._since += 1
@@ -221,8 +228,7 @@ class ELBOConvergence(Callback):
             self._found = {"r_hat": r_hat}
             if trainer.strategy.broadcast(r_hat < self.r_hat):
                 self.stationary_at = trainer.global_step
-                self._mean = {name: p.detach().clone() for name, p in self._parameters.items()}
-                self.averaged = 1
+                self._mean = RunningMean(self._parameters)
                 self._restart()
         elif len(iterates) >= self.window:
             exact = exactness(iterates, self._units(pl_module), self.mcse)
@@ -265,49 +271,29 @@ class ELBOConvergence(Callback):
                 stacklevel=2,
             )
         if self._mean is not None:
-            self._swap()
-            self._mean, self._swapped = None, False
+            self._mean.swap()
+            self._averaged, self._mean = self._mean.count, None
 
     # -- the mean in the place of the iterate ------------------------------------------------------
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        assert self._mean is not None
-        for name, mean in self._mean.items():
-            parameter = self._parameters[name]
-            iterate = parameter.detach().clone()
-            parameter.copy_(mean)
-            mean.copy_(iterate)
-        self._swapped = not self._swapped
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Validate the mean."""
         if self._mean is not None:
-            self._swap()
+            self._mean.swap()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Go on with the iterate."""
-        if self._swapped:
-            self._swap()
+        self._unswap()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Have callbacks that save find the iterate where it belongs."""
-        if self._swapped:
-            self._swap()
+        self._unswap()
+
+    def _unswap(self) -> None:
+        if self._mean is not None and self._mean.swapped:
+            self._mean.swap()
 
     # -- checkpoints -------------------------------------------------------------------------------
-
-    @contextmanager
-    def _unswapped(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Hand out the mean, with the iterate in the module."""
-        swapped = self._swapped
-        if swapped:
-            self._swap()
-        try:
-            yield self._mean or {}
-        finally:
-            if swapped:
-                self._swap()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the fit stands."""
@@ -332,7 +318,8 @@ class ELBOConvergence(Callback):
         # A fit that was over has given its mean to the module, and another begins there.
         if state_dict["averages"] or state_dict["stationary_at"] is None:
             self.stationary_at = state_dict["stationary_at"]
-            self.averaged = state_dict["averaged"]
+            if self._mean is not None:
+                self._mean.count = state_dict["averaged"]
             self._trail.load_state_dict(state_dict["trail"])
 
     def on_save_checkpoint(
@@ -341,16 +328,13 @@ class ELBOConvergence(Callback):
         """Put the mean in the place of the weights, and the iterate beside them."""
         if self._mean is None:
             return
-        with self._unswapped() as mean:
-            means = {id(self._parameters[name]): value.clone() for name, value in mean.items()}
-            iterate = {name: self._parameters[name].detach().clone() for name in mean}
-        checkpoint[_KEY] = iterate
+        checkpoint[_KEY] = self._mean.iterates()
+        means = {id(self._parameters[name]): mean for name, mean in self._mean.means().items()}
         # A parameter that has two names is in a state_dict twice.
         for name, parameter in pl_module.named_parameters(remove_duplicate=False):
             if id(parameter) in means and name in checkpoint["state_dict"]:
                 checkpoint["state_dict"][name] = means[id(parameter)]
 
-    @torch.no_grad()
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
@@ -358,8 +342,5 @@ class ELBOConvergence(Callback):
         if _KEY not in checkpoint or trainer.state.fn != "fit":
             return
         self._find(pl_module)
-        self._mean = {}
-        for name, iterate in checkpoint[_KEY].items():
-            parameter = self._parameters[name]
-            self._mean[name] = parameter.detach().clone()  # loaded from the weights
-            parameter.copy_(iterate)
+        self._mean = RunningMean(self._parameters)
+        self._mean.restore(checkpoint[_KEY], count=1)  # load_state_dict follows, with the count

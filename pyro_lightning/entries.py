@@ -102,11 +102,11 @@ def label_of(inputs: StepInputs) -> str:
     Example:
         >>> from pyro_lightning.inputs import flatten
         >>> flat = flatten([torch.zeros(4, 2)])
-        >>> label_of(StepInputs(flat, 4, None, (flat.structure, 4, 100)))
+        >>> label_of(StepInputs(flat, 4, None, key=None, kind=(4, 100)))
         "(4, 100) [((4, 2), (2, 1), 'float32')]"
     """
     kinds = [
         (tuple(each.shape), each.stride(), str(each.dtype).removeprefix("torch."))
         for each in inputs.flat.tensors
     ]
-    return f"{inputs.key[1:]} {kinds}"  # the first is the structure, with constants of the batch
+    return f"{inputs.kind} {kinds}"

@@ -16,7 +16,7 @@ from pyro_lightning.updates import kind_of, numbers_of, state_names, update
 class _Dense(NamedTuple):
     """Parameters of one optimizer group, which a step sees as one flat vector."""
 
-    group: dict[str, Any]
+    number: int  # of the group
     places: list[int]  # among what the loss is differentiated by
     parameters: list[torch.Tensor]
     names: list[str]
@@ -25,7 +25,7 @@ class _Dense(NamedTuple):
 class _Rows(NamedTuple):
     """A table of parameters, of which a step sees the rows of its batch."""
 
-    group: dict[str, Any]
+    number: int  # of the group
     place: int
     table: Any
     names: list[str]
@@ -106,7 +106,7 @@ class FusedStep:
         tables = {id(table.parameter): table for table in program.tables}
         self._dense: list[_Dense] = []
         self._rows: list[_Rows] = []
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             mine = [p for p in group["params"] if used.get(id(p))]
             names = state_names(optimizer, group)
             alike: dict[Any, list[torch.Tensor]] = {}
@@ -115,9 +115,9 @@ class FusedStep:
                     steps = float(optimizer.state[p]["step"]) if "step" in names else 0.0
                     alike.setdefault((p.dtype, p.device, steps), []).append(p)
             for each in alike.values():
-                self._dense.append(_Dense(group, [places[id(p)] for p in each], each, names))
+                self._dense.append(_Dense(number, [places[id(p)] for p in each], each, names))
             self._rows += [
-                _Rows(group, places[id(p)], tables[id(p)], names) for p in mine if id(p) in tables
+                _Rows(number, places[id(p)], tables[id(p)], names) for p in mine if id(p) in tables
             ]
         moved = {place for dense in self._dense for place in dense.places}
         moved |= {rows.place for rows in self._rows}
@@ -130,11 +130,21 @@ class FusedStep:
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        return [each.group for each in self._dense] + [each.group for each in self._rows]
+        # Looked up each time: load_state_dict gives the optimizer other dicts.
+        groups = self._optimizer.param_groups
+        numbers = [each.number for each in self._dense] + [each.number for each in self._rows]
+        return [groups[number] for number in numbers]
 
     def fits(self) -> bool:
-        """Whether the optimizer has the groups that it had, but for numbers of theirs."""
-        return self._kind == _kind(self._optimizer)
+        """Whether the optimizer has the groups that it had, but for numbers of theirs, and state.
+
+        A checkpoint of a fit's beginning, which has none, may have been loaded in its middle.
+        """
+        parts = [*((d.parameters[0], d.names) for d in self._dense)]
+        parts += [(each.table.parameter, each.names) for each in self._rows]
+        held = self._optimizer.state
+        kept = all(name in held.get(p, ()) for p, names in parts for name in names)
+        return kept and self._kind == _kind(self._optimizer)
 
     def begin(self) -> None:
         """Gather dense parameters and their state."""
@@ -251,7 +261,8 @@ class FusedStep:
         self, each: _Dense | _Rows, held: list[torch.Tensor], grad: torch.Tensor, numbers: Any
     ) -> list[torch.Tensor]:
         state = dict(zip(each.names, held[1:], strict=True))
-        value, new = update(self._optimizer, each.group, held[0], grad, state, numbers)
+        group = self._optimizer.param_groups[each.number]
+        value, new = update(self._optimizer, group, held[0], grad, state, numbers)
         return [value, *(new[name] for name in each.names)]
 
     def step(

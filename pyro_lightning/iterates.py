@@ -51,7 +51,7 @@ def best_r_hat(iterates: torch.Tensor, least: int) -> float | None:
         None where the series are too short.
 
     Source: Welandawe et al. 2022, "Robust, automated, and accurate black-box variational
-    inference", section 4.1.
+    inference".
     """
     most = int(0.95 * len(iterates))
     if most < least:
@@ -80,7 +80,7 @@ def effective_sizes(iterates: torch.Tensor) -> torch.Tensor:
         True
 
     Source: Geyer 1992, "Practical Markov chain Monte Carlo"; Vehtari et al. 2021,
-    "Rank-normalization, folding, and localization", equations 10 to 13.
+    "Rank-normalization, folding, and localization".
     """
     halves = _halves(iterates)
     n, total = halves.shape[1], 2 * halves.shape[1]

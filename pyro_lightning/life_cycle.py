@@ -38,10 +38,12 @@ from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.layout import shapes_of
+from pyro_lightning.learning_rate import set_learning_rate
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
+from pyro_lightning.rank_zero import first_rank_logs
 from pyro_lightning.ranks import (
     callbacks_of_ranks,
     check_callbacks,
@@ -219,7 +221,7 @@ class LifeCycle(Runs):
         training = stage == "fit"
         if not training and self._dataset_size is None and not self._size_is_stated():
             return  # a checkpoint may know it, which is read after this
-        with failing_together(self.trainer):
+        with failing_together(self.trainer), first_rank_logs():
             loader, source = self._read_data(stage)
             # What was rebuilt of a checkpoint is checked before it trains.
             ready = self._initialised and bool(self._checked_rows or not training)
@@ -342,6 +344,7 @@ class LifeCycle(Runs):
             raise TypeError(
                 f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
             )
+        set_learning_rate(made, self.__dict__.get("lr"))
         optimizer = rowwise(made, self._row_parameters().values())
         warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
         if self._lr_scheduler is None:

@@ -7,7 +7,7 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.regression import ContinuousRankedProbabilityScore
 
-from pyro_lightning.arguments import read_count
+from pyro_lightning.arguments import read_count, read_tensor
 from pyro_lightning.calibration import distance_from_uniform, pit_masses
 from pyro_lightning.densities import density_sums, mean_with_error
 from pyro_lightning.intervals import interval_sums, read_levels
@@ -243,8 +243,12 @@ class NegativeELBO(_Sums):
             loss_per_obs: The estimate of the negative ELBO from the batch, over the number of
                 observations that it speaks for.
             rows: B.
+
+        Raises:
+            TypeError: For what is no number.
         """
-        self.total += loss_per_obs.double() * rows
+        rows = read_count(rows, "rows", 0)
+        self.total += read_tensor(loss_per_obs, "loss_per_obs").double() * rows
         self.count += rows
 
     def compute(self) -> torch.Tensor:

@@ -105,6 +105,10 @@ class PyroSVIModule(AfterFit):
             predictive draws ``(S, B, ...)``; ``preds``, their mean; ``target``; ``log_likelihood``,
             ``(S, B)``; ``loss_per_obs``; ``rows``, B. See :meth:`metrics_of`.
 
+    Attributes:
+        lr: A learning rate in the place of the optimizer's, in all of its groups, from the next fit
+            on; None by default. ``Tuner.lr_find`` and ``LearningRateFinder`` set it.
+
     Raises:
         TypeError: When an argument is of a kind that cannot serve.
         ValueError: When model or guide is missing or given twice, or a number or name is none of
@@ -147,6 +151,8 @@ class PyroSVIModule(AfterFit):
         before = set(vars(self))
         super().__init__()
         self._fit_state = FitState()
+        # Of the object, so that a subclass may hold a network by this name.
+        self.__dict__.setdefault("lr", None)
         self.elbo = Trace_ELBO() if elbo is None else elbo
         check_elbo(self.elbo)
         self._baselines = DecayingBaselines() if isinstance(elbo, TraceGraph_ELBO) else None
@@ -177,7 +183,8 @@ class PyroSVIModule(AfterFit):
         self._prediction = read_prediction(prediction)
         self._read_metrics(metrics)
         self._own(model, guide, default_guide=AutoNormal)
-        self._names_of_library = frozenset(vars(self)).difference(before)
+        # A model of the user's may read a number by the name of `lr`.
+        self._names_of_library = frozenset(vars(self)).difference(before, {"lr"})
 
     # -- loss ----------------------------------------------------------------------------------
 

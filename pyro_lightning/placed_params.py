@@ -1,6 +1,7 @@
 """A refusal of parameters that a row reads by its place in the batch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def check_places(
     if not suspects or rows == 1 or rows in sizes:
         return
     try:
-        found = _compared(list(_densities(module, batch, handled, sites, plates)), suspects)
+        with _running_statistics(module):
+            found = _compared(list(_densities(module, batch, handled, sites, plates)), suspects)
     except (ValueError, RuntimeError):
         # A batch of equal rows is not the user's, and may be one that no model takes.
         return
@@ -75,6 +77,23 @@ def check_places(
             "plate: pyro.plate(..., N, subsample=rows); or compute it from the row by a network. "
             f"{SEE_TABLE}"
         )
+
+
+@contextmanager
+def _running_statistics(module: nn.Module) -> Iterator[None]:
+    """Have BatchNorm use its running statistics.
+
+    Equal rows have no variance, and what it makes of them is their rounding, many times larger.
+    """
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    changed = [each for each in module.modules() if isinstance(each, kinds) and each.training]
+    for each in changed:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in changed:
+            each.training = True
 
 
 def _densities(

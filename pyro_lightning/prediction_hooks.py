@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from pyro_lightning._lightning import stage_loader
 from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batches import loaders_in
+from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
@@ -211,6 +212,8 @@ class Predictions(Spawned):
         for found in batches:
             for name, each in found.items():
                 parts.setdefault(name, []).append(each.cpu())
+        if not parts:
+            raise ValueError("data has no batch: expected at least one, with observed rows")
         return {name: torch.cat(each, 1) for name, each in parts.items()}
 
     def iter_log_likelihood(
@@ -232,7 +235,10 @@ class Predictions(Spawned):
             parallel: As in :meth:`log_likelihood`.
         """
         num_samples = read_count(num_samples, "num_samples")
-        shared = global_draws(self, num_samples) if posterior is None else posterior
+        if posterior is None:
+            shared = global_draws(self, num_samples)
+        else:
+            shared = read_draws(posterior, "posterior")
         if shared:
             num_samples = len(next(iter(shared.values())))
         how: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}

@@ -25,12 +25,14 @@ class StepInputs(NamedTuple):
         batch_size: B.
         rows: Row numbers, ``(B,)``, where there are parameters of each row.
         key: What a trace takes for constant, hashable.
+        kind: What of it is the same in another process, and is nothing of the user's data.
     """
 
     flat: Flat
     batch_size: int
     rows: torch.Tensor | None
     key: Any
+    kind: Any
 
 
 def step_inputs(module: Any, batch: Any) -> StepInputs:
@@ -51,9 +53,9 @@ def step_inputs(module: Any, batch: Any) -> StepInputs:
     n = module._known_size()
     masks = tuple(sorted(module._masks.items()))
     # A trace holds the tensor of a weight itself, and reads what it is filled with.
-    types = autocast, torch.get_default_dtype(), id(module._kl_scale)
-    key = (flat.structure, size, n, rows is None, masks, *types)
-    return StepInputs(flat, size, rows, key)
+    weight = module._kl_scale
+    kind = size, n, rows is None, masks, autocast, torch.get_default_dtype(), weight is None
+    return StepInputs(flat, size, rows, (flat.structure, id(weight), *kind), kind)
 
 
 class Program:

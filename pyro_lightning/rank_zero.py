@@ -1,6 +1,9 @@
-"""Warnings that only the first of several processes gives."""
+"""Warnings and lines of a log that only the first of several processes gives."""
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import distributed
 
@@ -21,6 +24,29 @@ def warn(message: str, *, stacklevel: int = 1) -> None:
         >>> len(said)  # 0 on all ranks but the first
         1
     """
-    together = distributed.is_available() and distributed.is_initialized()
-    if not together or distributed.get_rank() == 0:
+    if _is_first():
         warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def first_rank_logs() -> Iterator[None]:
+    """Let Pyro log what is no warning on the first process alone, as the depth of plates found.
+
+    Example:
+        >>> with first_rank_logs():  # WARNING on all ranks but the first
+        ...     logging.getLogger("pyro").level == logging.INFO
+        True
+    """
+    log = logging.getLogger("pyro")
+    before = log.level
+    try:
+        if not _is_first():
+            log.setLevel(max(before, logging.WARNING))
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _is_first() -> bool:
+    together = distributed.is_available() and distributed.is_initialized()
+    return not together or distributed.get_rank() == 0

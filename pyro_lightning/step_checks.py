@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 
 from pyro_lightning._lightning import checkpoint_triggers
 from pyro_lightning.closures import is_library
@@ -53,6 +54,20 @@ def refuse_checkpoints(trainer: Trainer, steps: int) -> None:
                 f"step takes the optimizer's steps, and steps_per_batch is {steps}. Use "
                 "every_n_train_steps or every_n_epochs, or leave steps_per_batch out."
             )
+
+
+def refuse_lr_finder(trainer: Trainer, steps: int) -> None:
+    """Refuse Lightning's search of a learning rate, which takes a batch for a step.
+
+    Raises:
+        ValueError: Saying how to search.
+    """
+    if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "Lightning's learning rate finder notes a rate and a loss for each batch of the "
+            f"loader, and steps_per_batch={steps} takes as many steps in it. Search with a module "
+            "of steps_per_batch=1, which takes the same steps, and give its lr to this one."
+        )
 
 
 def warn_of_shifted(trainer: Trainer, taken: int, steps: int) -> None:

@@ -22,6 +22,7 @@ from pyro_lightning.step_checks import (
     check_parts,
     refuse_checkpoints,
     refuse_hooks,
+    refuse_lr_finder,
     warn_of_shifted,
 )
 from pyro_lightning.whole_steps import WholeSteps, has_repeats
@@ -38,6 +39,7 @@ class ManySteps(WholeSteps):
         if stage == "fit" and self.steps_per_batch > 1:
             refuse_hooks(self, self.steps_per_batch)
             refuse_checkpoints(self.trainer, self.steps_per_batch)
+            refuse_lr_finder(self.trainer, self.steps_per_batch)
         super().setup(stage)
 
     def _weighted_loss(self, batch: Any, rows: int) -> tuple[torch.Tensor, StepResult]:

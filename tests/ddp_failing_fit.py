@@ -1,9 +1,11 @@
 """Fits on two processes, of which one fails in its fourth step.
 
-Run as a script with the rank that fails, and what does: its model or its loader.
+Run as a script with the rank that fails, and what does: its model or its loader; or it
+is killed.
 """
 
 import os
+import signal
 import sys
 
 import torch
@@ -20,8 +22,9 @@ RANK = int(os.environ["RANK"] if NODES == 2 else os.environ.get("LOCAL_RANK", "0
 class Failing:
     """Raises at a use after the first few."""
 
-    def __init__(self, fails):
+    def __init__(self, fails, by_signal=False):
         self.left = 10**9 if not fails else None
+        self.by_signal = by_signal
 
     def arm(self):
         if self.left is None:
@@ -30,6 +33,8 @@ class Failing:
     def use(self):
         if self.left is not None:
             self.left -= 1
+            if self.left < 0 and self.by_signal:
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.left < 0:
                 raise LookupError("the fourth step")
 
@@ -64,7 +69,10 @@ class Module(PyroSVIModule):
 
 
 def main(rank: int, where: str) -> None:
-    model, loader = (Failing(rank == RANK and where == each) for each in ("model", "loader"))
+    model, loader = (
+        Failing(rank == RANK and where in names, by_signal=where == "killed")
+        for names in (("model", "killed"), ("loader",))
+    )
     trainer = quiet_trainer(
         num_nodes=NODES, devices=2 // NODES, strategy="ddp", max_epochs=3, logger=False
     )

@@ -4,6 +4,7 @@ Run as a script, since Lightning starts the second process from the same command
 """
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from support import normal_mean, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset
@@ -150,6 +152,26 @@ def fails_on_the_second(x):
     normal_mean(x)
 
 
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def logged_by_pyro():
+    lines, log = Lines(), logging.getLogger("pyro")
+    log.addHandler(lines)
+    svi = module(elbo=Trace_ELBO(num_particles=2, vectorize_particles=True))
+    fit(part(2, 2), svi=svi)
+    log.removeHandler(lines)
+    return everyones({"lines": lines.lines, "level": log.level})
+
+
 class Late(LightningDataModule):
     """A datamodule whose loader one of the ranks cannot make."""
 
@@ -210,6 +232,7 @@ def found_of_all():
         "unequal_steps": fit_of_parts(UNEQUAL_STEPS, steps_per_batch=2),
         "streamed_steps": fit_of_parts(UNEQUAL_STEPS, streams=True, steps_per_batch=2),
         "late_loader": fit(svi=module(), datamodule=Late()),
+        "logged": logged_by_pyro(),
         "rows_alone": fit(svi=PyroSVIModule(rows_alone), datamodule=ArrayDataModule(rows(4))),
         "no_scale": fit(part(2, 2), svi=PyroSVIModule(normal_mean, data_plate=None)),
     }

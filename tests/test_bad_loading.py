@@ -1,6 +1,6 @@
 """Whatever is passed to what reads results: the right ones, or an error that names the cause.
 
-As in ``test_bad_inputs.py``; about 330 examples, the same each time.
+As in ``test_bad_inputs.py``; about 260 examples, the same each time.
 """
 
 import warnings

@@ -310,16 +310,15 @@ def test_the_configuration_of_the_readme_runs(tmp_path, monkeypatch):
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
 
-def test_the_configuration_of_a_run_lies_beside_its_logs(fit, tmp_path):
+def test_the_configuration_of_a_run_lies_beside_its_logs_and_fits_again(fit, tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
     arguments = {"save_dir": str(tmp_path), "name": "logs"}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": arguments}
     parts = path("PyroSVIModule", model="cli_models.model")
     for version in (0, 1):
-        fit(trainer={**QUIET, "logger": logger}, model=parts)
-        saved = yaml.safe_load((tmp_path / f"logs/version_{version}/config.yaml").read_text())
-        assert saved["model"]["init_args"]["model"] == "cli_models.model"
-    fit(model=parts)
+        fitted = fit("--optimizer=SGD", trainer={**QUIET, "logger": logger}, model=parts)
+        saved = str(tmp_path / f"logs/version_{version}/config.yaml")
+    assert_same(main(["fit", "--config", saved, "--trainer.logger=false"]).model, fitted)
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
@@ -329,3 +328,12 @@ def test_configurations_of_the_examples_run(name, monkeypatch):
     cli = main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_epochs=1"])
     assert cli.trainer.current_epoch == 1
     assert torch.isfinite(cli.trainer.callback_metrics["train_loss"])
+    if name == "checked":
+        logged = {"val_elpd", "val_elpd_se", "val_coverage_0.9", "kl_weight"}
+        assert logged <= cli.trainer.callback_metrics.keys()
+
+
+def test_without_jsonargparse_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-lightning\[cli\]'"):
+        main(["fit"])

@@ -1,4 +1,4 @@
-"""Callbacks on two processes: one weight of the KL, and one end."""
+"""Callbacks on two processes: one weight of the KL, one end, one log."""
 
 import pytest
 from annealing_support import linear
@@ -28,3 +28,10 @@ def test_both_stop_at_one_step_with_one_mean(found):
     assert first[1] < 1000
     first, second = found["means"]
     assert first == second
+
+
+def test_the_posterior_is_logged_once(found):
+    expected = {str(step - 1): found["points"][step - 1] for step in range(10, 51, 10)}
+    followed = dict(list(found["followed"].items())[:5])
+    # The point of the guide is all of its posterior.
+    assert followed == pytest.approx(expected, rel=1e-6)

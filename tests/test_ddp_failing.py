@@ -1,5 +1,7 @@
 """A job of two processes ends with the error of the one that fails; the other does not wait."""
 
+import signal
+
 from support import run_processes
 
 # The other process meets a closed connection, or Lightning ends it: it looks every five seconds
@@ -22,3 +24,12 @@ def test_a_job_of_two_nodes_ends_on_both_with_the_error_of_one(tmp_path):
     assert second.code != 0
     assert "LookupError: the fourth step" in second.errors
     assert "LookupError" not in first.errors
+
+
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    first, second = run_processes(
+        "ddp_failing_fit.py", tmp_path, "1", "killed", nodes=2, timeout=SECONDS
+    )
+    assert second.code == -signal.SIGKILL
+    assert first.code != 0
+    assert "Connection" in first.errors

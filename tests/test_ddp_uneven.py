@@ -1,5 +1,7 @@
 """Two processes with other numbers of batches end an epoch together, or end with an error."""
 
+import logging
+
 import pytest
 import torch
 from ddp_uneven_fit import LOC, UNEQUAL, UNEQUAL_STEPS, B, N, linear, rows
@@ -140,6 +142,13 @@ def test_a_warning_of_the_checks_is_given_by_the_first_rank_alone(found):
     first, second = (rank["warnings"] for rank in found["no_scale"])
     assert sum("data_plate=None scales nothing" in message for message in first) == 1
     assert second == []
+
+
+def test_what_pyro_finds_is_logged_by_the_first_rank_alone(found):
+    first, second = found["logged"]
+    assert [line for line in first["lines"] if "max_plate_nesting" in line]
+    assert second["lines"] == []
+    assert first["level"] == second["level"] == logging.INFO
 
 
 def test_a_hook_that_leaves_out_what_ranks_need_is_refused(found):

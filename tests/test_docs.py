@@ -109,9 +109,7 @@ def test_links_of_a_section_lead_from_its_page():
 
 def test_roles_and_formulas_of_docstrings_become_markdown():
     pytest.importorskip("griffe", reason="griffe comes with the extra 'docs'")
-    text = (
-        "One :class:`~pyro_lightning.rows.A` and :meth:`b`.\n\n.. math:: x +\n    y\n\nExample:\n"
-    )
+    text = "One :class:`~pyro_lightning.A` and :meth:`b`.\n\n.. math:: x +\n    y\n\nExample:\n"
     found = module("rst").as_markdown(text)
     assert found == "One `pyro_lightning.A` and `b`.\n\n$$\nx + y\n$$\n\nExamples:\n"
 

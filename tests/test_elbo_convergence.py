@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from resume_support import ADAM, assert_goes_on, global_model, make, rows
 from support import normal_mean, quiet_trainer
 
@@ -202,6 +202,15 @@ def test_iterates_of_an_annealed_loss_do_not_count():
 def test_beside_weight_averaging_it_is_refused():
     with pytest.raises(ValueError, match="leave one out"):
         fit(ELBOConvergence(), EMAWeightAveraging(), epochs=1)
+
+
+def test_beside_checkpoints_of_weights_alone_it_is_refused(tmp_path):
+    keep = ModelCheckpoint(tmp_path, save_weights_only=True)
+    trainer = quiet_trainer(
+        max_epochs=1, callbacks=[ELBOConvergence(), keep], enable_checkpointing=True
+    )
+    with pytest.raises(ValueError, match="Leave save_weights_only out"):
+        trainer.fit(PyroSVIModule(normal_mean), datamodule=ArrayDataModule(X, batch_size=20))
 
 
 def test_another_module_is_refused():

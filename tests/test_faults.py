@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from resume_support import Events, Fit, Saver, assert_equal, global_model, make, rows
 from support import quiet_trainer, run_script
 
@@ -89,6 +89,16 @@ def test_a_way_to_write_of_the_users_own_is_left_alone():
         trainer.fit(make()(), datamodule=rows()())
         found.append(type(trainer.strategy.checkpoint_io))
     assert found == [AtomicCheckpointIO, Own]
+
+
+def test_a_fit_goes_on_from_what_a_thread_wrote(tmp_path):
+    keep = saves(tmp_path, save_top_k=-1, save_last=False)
+    plugins = [AsyncCheckpointIO(AtomicCheckpointIO())]
+    fit = Fit(make(), rows(), saver=keep, plugins=plugins, max_epochs=2)
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 6
+    again = Fit(make(), rows(), ckpt_path=paths[2], seed=9, saver=keep, max_epochs=2)
+    assert_equal(again.state, fit.state)
 
 
 class Fails(Callback):

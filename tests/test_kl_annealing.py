@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from annealing_support import Seen, linear
+from compiled_models import rows as rows_model
 from elbo_models import GivenNoise
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
@@ -143,6 +144,15 @@ def test_compiled_steps_read_the_weight(steps_per_batch):
         assert_same_fit(fit(1), eager, rtol=1e-2, atol=1e-2)
 
 
+def test_compiled_steps_read_the_weight_of_latents_of_rows():
+    found = annealed(4, model=rows_model, compile={"backend": "eager"})
+    assert found[0]._compiled.traces == 1
+    expected = annealed(1, model=rows_model)
+    assert_same_fit(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same_fit(fit(1, model=rows_model), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_a_second_fit_compiled_without_annealing_has_no_weight():
     def fits(**options):
         torch.manual_seed(0)
@@ -159,12 +169,16 @@ def test_a_second_fit_compiled_without_annealing_has_no_weight():
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps_per_batch", [1, 2])
-def test_a_fit_goes_on_with_the_weights_that_it_would_have_had(tmp_path, steps_per_batch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps_per_batch": 2}, {"compile": {"backend": "eager"}}],
+    ids=["one step", "several", "compiled"],
+)
+def test_a_fit_goes_on_with_the_weights_that_it_would_have_had(tmp_path, options):
     # With latents of each row, in the middle of an epoch and at its end.
     assert_goes_on(
         tmp_path,
-        make(steps_per_batch=steps_per_batch),
+        make(**options),
         rows(),
         at=(1, -1),
         callbacks=[partial(KLAnnealing, steps=15)],

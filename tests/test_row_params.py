@@ -240,6 +240,24 @@ def test_networks_as_wide_as_the_batch_or_the_data_set_serve(width, dropout):
     PyroSVIModule(model, Wide(width, dropout), dataset_size=N).loss(X[:4])
 
 
+@pytest.mark.parametrize("width", [4, 5, 6, 7])
+def test_batch_norm_as_wide_as_the_batch_serves(width):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = nn.Linear(3, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1)
+            self.net = nn.Sequential(*layers)
+
+        def forward(self, x):
+            bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(self.net(x)[:, 0] + bias, 1.0), obs=x.sum(-1))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        PyroSVIModule(Normed(), dataset_size=N).loss(torch.randn(width, 3))
+
+
 def test_parameters_of_a_pyro_module_are_cut_to_the_rows_that_a_plate_is_given():
     class Guide(PyroModule):
         def __init__(self):

@@ -38,8 +38,9 @@ def test_n_comes_back_and_weights_alone_are_in_a_state_dict(found, strategy):
 @pytest.mark.slow
 def test_latents_of_rows_come_back(found):
     # The mode of each row is within 0.001 of its value: a prior of sd 10, and noise of 0.1. Each
-    # took 40 steps of Adam at 0.2 from near 0; the values have an sd of 1.
-    torch.testing.assert_close(torch.tensor(found["rows"]), DATA, rtol=0, atol=0.2)
+    # took 40 steps of Adam at 0.2 from near 0, which leave the farthest 0.4; the values have an sd
+    # of 1, so that rows in other places would be farther off.
+    torch.testing.assert_close(torch.tensor(found["rows"]), DATA, rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize(

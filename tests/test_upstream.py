@@ -304,6 +304,7 @@ def test_errors_of_a_data_set_are_told_from_the_end_of_its_loader(workers):
     assert not came_from_data(end_of(range(2)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older releases have this name alone
 def test_a_class_path_with_arguments_left_is_a_partial_that_names_the_class():
     import jsonargparse
 
