@@ -92,7 +92,8 @@ class AfterFit(Predictions):
             dims: Names of the dimensions of a variable beside chain and draw, as
                 ``{"w": ["feature"]}``. That of rows is named after the data plate by default.
             coords: Labels along a dimension, as ``{"feature": ["age", "income"]}``.
-            local_latents: Whether the posterior holds latents of rows, ``(1, S, N, ...)``.
+            local_latents: Whether the posterior holds latents of rows, ``(1, S, N, ...)``: those of
+                ``posterior_predictive``. ``log_likelihood`` has draws of them of its own.
             container: ``"InferenceData"`` of ArviZ 0.x, ``"DataTree"`` of 1.x, or ``"auto"`` for
                 that of the ArviZ that is installed.
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lightning.draw_runs import (
-    TRIED_DRAWS,
     Layout,
     ManyRuns,
     Sites,
     event_dim_of,
     is_statement_of_value,
+    number_to_try,
     value_of,
 )
 from pyro_lightning.posterior import stands_in
@@ -180,12 +180,13 @@ class Ready(NamedTuple):
 
     def why_not_at_once(self) -> str | None:
         """Say why one run of guide and model does not serve several draws; None where it does."""
-        few = torch.arange(TRIED_DRAWS) % self.num_samples
+        count = number_to_try(self.sites)
+        few = torch.arange(count) % self.num_samples
         draws = {name: each[few.to(each.device)] for name, each in self.posterior.items()}
         if self.guide is not None:
-            why = self.guide.why_not_at_once(draws)
+            why = self.guide.why_not_at_once(draws, count)
             if why is not None:
                 return f"guide, {why}"
-            local = self.guide.read(value_of, self.local, draws, TRIED_DRAWS, False)
+            local = self.guide.read(value_of, self.local, draws, count, False)
             draws = {**draws, **local}
-        return self.model.why_not_at_once(draws)
+        return self.model.why_not_at_once(draws, count)

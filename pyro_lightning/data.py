@@ -133,7 +133,8 @@ class ArrayDataModule(LightningDataModule):
     def _leave_out_stages(self) -> None:
         # Lightning leaves out a stage whose hook is its own; an empty list it warns about.
         for hook, stage in _OPTIONAL.items():
-            if getattr(self, stage) is None:
+            own = getattr(type(self), hook) is not getattr(ArrayDataModule, hook)  # of a subclass
+            if getattr(self, stage) is None and not own:
                 setattr(self, hook, getattr(super(), hook))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +199,11 @@ class ArrayDataModule(LightningDataModule):
         return None if wanted.type == "cpu" else wanted
 
     def _loader(self, dataset: ArrayDataset | None, train: bool = False) -> DataLoader[Any]:
-        assert dataset is not None  # a stage without rows has no loader of ours
+        if dataset is None:  # asked for by a hook of a subclass
+            raise ValueError(
+                "this ArrayDataModule has no rows for that stage: give it arrays or a share of "
+                "them, as in val=(x, y) or val_split=0.1, or make a loader without super()"
+            )
         home = self._home(dataset.columns)
         if home is not None:
             dataset.columns.keep_on(home)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count as numbers_from
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ from pyro_lightning.handlers import is_subsample
 Run = Callable[[], Any]
 Sites = dict[str, Any]
 
-TRIED_DRAWS = 3  # few, and seldom the size of something else
+_LEAST_TRIED = 3
 DRAWS = "_num_draws"  # name of the outer plate
 
 
@@ -86,6 +87,19 @@ def sites_of_run(run: Run, given: Messenger) -> Sites:
     """Run once under a handler; returns the messages of the sites by name."""
     nodes = poutine.trace(given(run)).get_trace().nodes
     return {n: s for n, s in nodes.items() if s["type"] == "sample" and not is_subsample(s)}
+
+
+def number_to_try(sites: Sites) -> int:
+    """Choose how few draws are run in both ways: not the size of a dimension of a site.
+
+    An index that is meant for a dimension of that size would serve the draws, too.
+
+    Example:
+        >>> number_to_try({"x": {"value": torch.zeros(3, 4)}})
+        5
+    """
+    sizes = {size for site in sites.values() for size in site["value"].shape}
+    return next(number for number in numbers_from(_LEAST_TRIED) if number not in sizes)
 
 
 def nesting_of(*runs: Sites) -> int:
@@ -215,7 +229,7 @@ class ManyRuns:
         with pyro.plate(DRAWS, count, dim=-1 - self.nesting):
             yield self.given(padded)
 
-    def why_not_at_once(self, values: Mapping[str, torch.Tensor]) -> str | None:
+    def why_not_at_once(self, values: Mapping[str, torch.Tensor], count: int) -> str | None:
         """Say why one run in an outer plate is not one run for each draw; None where it is.
 
         A few draws are run in both ways, with equal values at all sites, and the densities that
@@ -223,8 +237,8 @@ class ManyRuns:
 
         Args:
             values: Values that are given, ``(S, *shape of the site)``, a few draws.
+            count: S.
         """
-        count = TRIED_DRAWS
         looped = [
             sites_of_run(self.run, self.given(draw_of(values, draw))) for draw in range(count)
         ]

@@ -22,7 +22,7 @@ from pyro_lightning.predictive import (
 from pyro_lightning.prepared import local_sites
 from pyro_lightning.retold import telling
 from pyro_lightning.rows import data_of
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 GROUPS = (
     "posterior",
@@ -88,11 +88,19 @@ def collect_groups(
         for batch in batches:
             for group, variables in parts.of_batch(batch).items():
                 for name, tensor in variables.items():
-                    found[group].setdefault(name, []).append(tensor.cpu())
+                    found.setdefault(group, {}).setdefault(name, []).append(tensor.cpu())
     made: Groups = {}
     for group, listed in found.items():
         dim = 0 if group in _OF_DATA else 1
         made[group] = {name: _array(torch.cat(each, dim)) for name, each in listed.items()}
+    if "constant_data" in groups:
+        # Of all rows: a field and what is observed may be equal in a batch by chance.
+        seen = made.get("observed_data", {}).values()
+        made["constant_data"] = {
+            name: field
+            for name, field in made["constant_data"].items()
+            if not any(_equal(field, each) for each in seen)
+        }
     if "posterior" in groups:
         made["posterior"].update({name: _array(each) for name, each in posterior.items()})
     if "prior" in groups:
@@ -141,7 +149,8 @@ class _Parts:
         if "observed_data" in groups:
             found["observed_data"] = seen
         if "constant_data" in groups:
-            found["constant_data"] = _constant(data_of(batch), seen, module)
+            found["constant_data"] = _fields_of_rows(data_of(batch), module)
+            found.setdefault("observed_data", seen)
         return found
 
     def _draws(self, batch: Any) -> dict[str, torch.Tensor]:
@@ -156,23 +165,17 @@ class _Parts:
         return predictive_draws(module, batch, *shared, sites=sites, parallel=parallel)
 
 
-def _constant(data: Any, seen: Mapping[str, torch.Tensor], module: Any) -> dict[str, torch.Tensor]:
-    """Keep the fields of a batch that have a name, a value of each row, and are not observed."""
+def _fields_of_rows(data: Any, module: Any) -> dict[str, torch.Tensor]:
+    """Return the fields of a batch that have a name and a value of each row."""
     if not isinstance(data, Mapping):
         return {}
     rows = module.num_rows(data)
     tensors = {n: v for n, v in data.items() if isinstance(v, torch.Tensor) and v.dim()}
-    return {
-        name: value
-        for name, value in tensors.items()
-        if len(value) == rows and not any(_equal(value, other) for other in seen.values())
-    }
+    return {name: value for name, value in tensors.items() if len(value) == rows}
 
 
-def _equal(value: torch.Tensor, other: torch.Tensor) -> bool:
-    return value.shape == other.shape and torch.allclose(
-        value.double(), other.double(), equal_nan=True
-    )
+def _equal(value: Array, other: Array) -> bool:
+    return value.shape == other.shape and np.allclose(value, other, equal_nan=True)
 
 
 def prior_draws(module: Any, num_samples: int) -> dict[str, torch.Tensor]:
@@ -193,7 +196,7 @@ def prior_draws(module: Any, num_samples: int) -> dict[str, torch.Tensor]:
     drawn: list[dict[str, torch.Tensor]] = []
     with (
         torch.no_grad(),
-        preserved_buffers(module),
+        evaluating(module),
         module._isolated() as handled,
         module._rows_of(batch, rows),
     ):

@@ -12,7 +12,7 @@ from pyro_lightning.log_joint import LogJoint, refuse_local, terms_of
 from pyro_lightning.masked_latents import KEPT
 from pyro_lightning.posterior import is_latent, stands_in
 from pyro_lightning.rows import data_of
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 
 class LogWeights(NamedTuple):
@@ -122,7 +122,7 @@ def _draw_with_density(
     drawn: list[dict[str, torch.Tensor]] = []
     log_q = torch.empty(num_samples, dtype=torch.double)
     with (
-        preserved_buffers(module),
+        evaluating(module),
         module._isolated() as handled,
         module._rows_of(batch, count),
     ):

@@ -250,8 +250,9 @@ def _feed(metric: Metric, site: str | None, evaluated: Evaluated) -> None:
     inputs = inputs_of(metric)
     fed: dict[str, Any] = {"loss_per_obs": evaluated.loss_per_obs, "rows": evaluated.rows}
     if "log_likelihood" in inputs:
-        terms = evaluated.log_likelihood
-        fed["log_likelihood"] = sum(terms.values()) if site is None else terms[site]
+        fed["log_likelihood"] = _log_likelihood(
+            site, evaluated, of_all_rows=bool(inputs & OF_A_SITE)
+        )
     if inputs & OF_A_SITE:
         name = _only(site, evaluated.target)
         fed["target"] = evaluated.target[name]
@@ -273,6 +274,24 @@ def _feed(metric: Metric, site: str | None, evaluated: Evaluated) -> None:
             if not len(fed["target"]):
                 return
     metric.update(**{name: fed[name] for name in inputs})
+
+
+def _log_likelihood(site: str | None, evaluated: Evaluated, of_all_rows: bool) -> torch.Tensor:
+    terms, targets = evaluated.log_likelihood, evaluated.target
+    if site is None:
+        summed = torch.stack(list(terms.values())).sum(0)
+    elif site in terms:
+        summed, targets = terms[site], {site: targets[site]}
+    else:
+        raise ValueError(
+            f"'{site}' has no log-likelihood of its own: it shares a latent that the ELBO sums out "
+            f"with others, and is one of {', '.join(map(repr, terms))}. Name no site for the sum"
+        )
+    if of_all_rows or not targets:
+        return summed
+    # The 0 of a row of which nothing was observed is no density.
+    seen = [~each.isnan().reshape(len(each), -1).all(1) for each in targets.values()]
+    return summed[:, torch.stack(seen).any(0)]
 
 
 def _means(draws: torch.Tensor) -> torch.Tensor:

@@ -25,14 +25,14 @@ from pyro_lightning.layout import shapes_of, telling_contents
 from pyro_lightning.metric_feeding import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
-from pyro_lightning.prediction import Prediction, read_prediction
+from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
 from pyro_lightning.runs import STATE_N
 from pyro_lightning.saved_sites import refuse_other_draws
 from pyro_lightning.site_table import SiteTable, table_of_sites
 from pyro_lightning.sizes import batch_weight
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 
 class PyroSVIModule(AfterFit):
@@ -145,7 +145,7 @@ class PyroSVIModule(AfterFit):
         steps_per_batch: int = 1,
         save_example: bool = True,
         bad_batches: str = "raise",
-        prediction: Prediction | Mapping[str, Any] | None = None,
+        prediction: Prediction | PredictionFields | None = None,
         metrics: Given = None,
     ) -> None:
         before = set(vars(self))
@@ -369,9 +369,8 @@ class PyroSVIModule(AfterFit):
             count = len(batch.rows)
         args, kwargs = self.model_inputs(data_of(batch))
         plates, at_once = () if given else self._row_plates(), draws_at_once(self.guide)
-        # A guide with networks runs in the mode that it is in; its statistics stay as they are.
         with (
-            preserved_buffers(self),
+            evaluating(self),
             self._isolated() as handled,
             self._rows_of(batch, count),
         ):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -72,6 +72,18 @@ class Prediction:
     def kept(self, draws: torch.Tensor) -> torch.Tensor:
         """Summarise draws, ``(S, ...)``: ``(len(summary), ...)``, or the draws themselves."""
         return draws if self.summary is None else summarised(draws, self.summary)  # type: ignore[arg-type]
+
+
+class PredictionFields(TypedDict, total=False):
+    """The fields of a :class:`Prediction`, as a dict holds them: a command line refuses others."""
+
+    num_samples: int
+    sites: str | Sequence[str] | None
+    summary: str | float | Sequence[str | float] | None
+    chunk_size: int | None
+    parallel: bool | None
+    local: str
+    seed: int | None
 
 
 def read_prediction(value: Any) -> Prediction:

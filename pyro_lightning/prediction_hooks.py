@@ -12,7 +12,7 @@ from pyro_lightning.batches import loaders_in
 from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
-from pyro_lightning.prediction import Prediction, read_prediction
+from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
 from pyro_lightning.predictive import (
     draws_vectorise,
     global_draws,
@@ -99,7 +99,7 @@ class Predictions(Spawned):
         return self._prediction
 
     @prediction.setter
-    def prediction(self, value: Prediction | Mapping[str, Any] | None) -> None:
+    def prediction(self, value: Prediction | PredictionFields | None) -> None:
         self._prediction = read_prediction(value)
 
     # -- trainer.predict -----------------------------------------------------------------------

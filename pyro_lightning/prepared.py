@@ -25,7 +25,7 @@ from pyro_lightning.layout import contents_of, layout_of
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
-from pyro_lightning.states import preserved_buffers
+from pyro_lightning.states import evaluating
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def prepared(
     first = {name: draws[0] for name, draws in posterior.items()}
     with (
         torch.no_grad(),
-        preserved_buffers(module),
+        evaluating(module),
         module._isolated() as handled,
         module._rows_of(batch, rows, held_out=True) as unseen,
     ):

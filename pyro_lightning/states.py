@@ -26,6 +26,23 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
         _put_back(module, buffers)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module as validation does, in evaluation mode; then put back its modes and buffers.
+
+    Lightning leaves a module in training mode after a fit, in which Dropout makes noise and
+    BatchNorm reads the other rows of a batch.
+    """
+    training = [part for part in module.modules() if part.training]
+    with preserved_buffers(module):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part in training:  # not all parts: users freeze some
+                part.training = True
+
+
 def forked_noise() -> Any:
     """Make the context after which torch's generators are as before, on all devices in use.
 

@@ -141,6 +141,15 @@ def test_a_wrong_class_path_is_the_parsers_error(write, capsys):
     assert "cli_models.Nothing" in capsys.readouterr().err
 
 
+def test_a_wrong_field_of_a_prediction_is_an_error_of_jsonargparse(write, capsys):
+    init_args = {"model": "cli_models.regression", "prediction": {"num_sample": 7}}
+    path = write(model={"class_path": "PyroSVIModule", "init_args": init_args})
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", path])
+    assert caught.value.code == 2
+    assert "num_sample" in capsys.readouterr().err
+
+
 def test_print_config_shows_every_argument_of_the_module(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["fit", "--model", "pyro_lightning.PyroSVIModule", "--print_config"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from support import normal_mean, quiet_trainer
+from torch.utils.data import DataLoader
 
 from pyro_lightning import ArrayDataModule, PyroSVIModule
 from pyro_lightning.arrays import ArrayDataset
@@ -222,6 +223,27 @@ def test_arrays_given_for_a_stage_leave_every_row_to_training():
     assert numbers(data, "predict") == list(range(300, 307))
     assert sorted(numbers(data, "train")) == Y.tolist()
     assert data.dataset_size == N
+
+
+def test_a_loader_of_a_subclass_serves_a_stage_without_arrays():
+    class Own(ArrayDataModule):
+        def val_dataloader(self):
+            return DataLoader(torch.ones(6), batch_size=3)
+
+    data, seen = Own(torch.zeros(4), batch_size=2), []
+    svi = PyroSVIModule(normal_mean)
+    svi.on_validation_batch_start = lambda batch, *_: seen.append(batch)
+    quiet_trainer(max_epochs=1, num_sanity_val_steps=0).fit(svi, datamodule=data)
+    assert torch.equal(torch.cat(seen), torch.ones(6))
+
+
+def test_a_subclass_is_told_which_stage_has_no_rows():
+    class Wrapped(ArrayDataModule):
+        def test_dataloader(self):
+            return super().test_dataloader()
+
+    with pytest.raises(ValueError, match="no rows for that stage"):
+        Wrapped(torch.zeros(4), batch_size=2).test_dataloader()
 
 
 def test_drop_last_leaves_rows_out_of_training_alone_and_n_as_it_is():

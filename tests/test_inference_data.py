@@ -122,6 +122,21 @@ def test_every_group_has_its_shape_and_names(container):
     np.testing.assert_array_equal(found["constant_data"]["x"], x)
 
 
+def test_a_field_that_equals_the_outcome_in_one_batch_is_whole():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mu * x, 1.0), obs=y)
+
+    x, y = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0])
+    svi = PyroSVIModule(model, dataset_size=3)
+    svi.loss({"x": x, "y": y})
+    batches = [{"x": x[:2], "y": y[:2]}, {"x": x[2:], "y": y[2:]}]
+    found = svi.to_inference_data(batches, 5, groups="constant_data")
+    assert list(found["constant_data"].data_vars) == ["x"]
+    np.testing.assert_array_equal(found["constant_data"]["x"], x)
+
+
 def test_rows_stand_in_the_order_of_the_data_set():
     svi, data = exact()
     x, y = rows()

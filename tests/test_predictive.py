@@ -135,6 +135,22 @@ def test_a_model_that_cannot_run_for_several_draws_runs_once_for_each(model, dir
         predictive_draws(svi, (x,), posterior, parallel=True)
 
 
+def test_as_many_rows_as_draws_are_tried_do_not_mislead():
+    def model(x, y=None):
+        with pyro.plate("groups", 3):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            # Of three draws in an outer plate, of three levels each, this would take draws.
+            pyro.sample("y", dist.Normal(level[torch.arange(len(x)) % 3], 1e-6), obs=y)
+
+    svi = PyroSVIModule(model, dataset_size=7)
+    svi.loss((torch.zeros(7), torch.zeros(7)))
+    posterior = svi.posterior_samples(S)
+    found = predictive_draws(svi, (torch.zeros(3),), posterior)["y"]
+    # The sd of a row is 1e-6.
+    torch.testing.assert_close(found, posterior["level"], rtol=0, atol=1e-4)
+
+
 class Grid(PyroSVIModule):
     def num_rows(self, batch):
         return len(batch[0])
