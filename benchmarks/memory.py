@@ -3,7 +3,8 @@
 A linear regression is trained from two ``numpy.memmap`` files, shuffled. What is measured is
 anonymous memory, ``RssAnon`` of ``/proc/self/status``: file pages that the kernel can take back do
 not count. The baseline is read after the imports and the writing of the files, before
-``Trainer.fit``. The exit code is 1 when the peak lies more than ``--limit`` above it.
+``Trainer.fit``. The exit code is 1 when the peak lies more than ``--limit`` above it. With
+``--accelerator gpu`` the peak of the GPU's memory is told as well; compare it over ``--rows``.
 """
 
 import argparse
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--blocks", action="store_true", help="shuffle blocks instead of rows")
     parser.add_argument("--val-split", type=float, default=0.0, help="share of rows held out")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--limit", type=float, default=200.0, help="MB over the baseline")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
@@ -110,7 +112,8 @@ def main() -> int:
         trainer = Trainer(
             max_steps=args.steps,
             limit_val_batches=0,
-            accelerator="cpu",
+            accelerator=args.accelerator,
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -123,10 +126,12 @@ def main() -> int:
         trainer.fit(svi, datamodule=data)
         seconds = time.perf_counter() - start
         growth = memory.stop() - baseline
-    error = (svi.posterior_samples(200)["w"].mean(0) - torch.from_numpy(weights)).abs().max()
+    error = (svi.posterior_samples(200)["w"].mean(0).cpu() - torch.from_numpy(weights)).abs().max()
     print(f"trained: {trainer.global_step} steps of {args.batch_size} rows in {seconds:.1f} s")
     print(f"largest error of a coefficient: {error:.4f}")
     print(f"anonymous memory before fit: {baseline:.0f} MB ({memory.samples} samples during fit)")
+    if args.accelerator == "gpu":
+        print(f"peak of the GPU's memory: {torch.cuda.max_memory_allocated() / 1e6:.2f} MB")
     verdict = "within" if growth < args.limit else "OVER"
     print(f"peak growth: {growth:.0f} MB, {verdict} the limit of {args.limit:.0f} MB")
     return int(growth >= args.limit)

@@ -267,6 +267,20 @@ def test_batches_copied_ahead_to_the_gpu_are_the_same(workers):
         assert torch.equal(other.cpu(), z)
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_memory_of_the_gpu_does_not_grow_with_the_rows(tmp_path):
+    peaks = []
+    for rows in (10**5, 10**6, 10**7):
+        x = np.memmap(tmp_path / f"{rows}", np.float32, "w+", shape=(rows,))  # a sparse file
+        torch.cuda.reset_peak_memory_stats()
+        svi = PyroSVIModule(normal_mean)
+        trainer = quiet_trainer(accelerator="gpu", max_steps=50, max_epochs=-1)
+        trainer.fit(svi, datamodule=ArrayDataModule(x, 1000))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(peaks) - min(peaks) < 2**20  # 10^7 rows are 40 MB
+
+
 def test_an_unknown_shuffle_is_refused():
     with pytest.raises(ValueError, match="shuffle must be True, False or \"blocks\", got 'rows'"):
         ArrayDataModule(Y, B, shuffle="rows")
