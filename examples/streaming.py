@@ -132,15 +132,15 @@ def report(svi, args, losses):
     x, y = (np.concatenate(each) for each in zip(*parts, strict=True))
     full = sm.Logit(y, sm.add_constant(x.astype(float))).fit(disp=False)
     exact = full.params, full.bse
-    table = Table(
-        "coefficient", "true", "statsmodels", "streamed", title=f"N = {svi.dataset_size:,}"
-    )
+    table = Table("", "true", "statsmodels", "streamed", title=f"N = {svi.dataset_size:,}")
     for i, true in enumerate(TRUE):
         cells = (f"{mean[i]:.4f} ± {sd[i]:.4f}" for mean, sd in (exact, found))
         table.add_row("intercept" if i == 0 else f"slope {i}", f"{true:.1f}", *cells)
     Console(width=80).print(table)
     off, ratio = np.abs(found[0] - exact[0]).max() / exact[1].max(), (found[1] / exact[1]).mean()
     print(f"off by at most {off:.2f} of a standard error; sd / standard error: {ratio:.2f}")
+    agree = off < 0.5 and 0.75 < ratio < 1.25
+    print("Verdict:", "they agree." if agree else "they DIFFER; train longer.")
     args.output.mkdir(parents=True, exist_ok=True)
     draw(found, exact, losses, args.output / "streaming.png")
 
