@@ -115,11 +115,8 @@ class ArrayDataModule(LightningDataModule):
         held_out = sum(sizes.values())
         if held_out >= len(whole):
             raise ValueError(f"the splits leave none of {len(whole)} rows to train on")
-        self._train, self._val, self._test = (
-            whole,
-            self._given(val, "val"),
-            self._given(test, "test"),
-        )
+        self._train = whole
+        self._val, self._test = self._given(val, "val"), self._given(test, "test")
         self._predict = self._given(predict, "predict")
         if held_out:
             left, *parts = split_rows(len(whole), list(sizes.values()), seed)

@@ -21,7 +21,8 @@ WHERE = {"num_nodes": 2, "devices": 1} if "TORCHELASTIC_RUN_ID" in os.environ el
 DATA = torch.randn(N, generator=torch.Generator().manual_seed(3)) + 1.0
 
 
-def main(path: str) -> None:
+def main(path: str, accelerator: str = "cpu") -> None:
+    where = WHERE if accelerator == "cpu" else {"devices": torch.cuda.device_count()}
     seed_everything(0)
     svi = PyroSVIModule(
         normal_mean,
@@ -31,8 +32,8 @@ def main(path: str) -> None:
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.94),
     )
     trainer = Trainer(
-        accelerator="cpu",
-        **WHERE,
+        accelerator=accelerator,
+        **where,
         strategy="ddp",
         max_epochs=EPOCHS,
         logger=False,
@@ -41,8 +42,9 @@ def main(path: str) -> None:
         enable_model_summary=False,
     )
     trainer.fit(svi, datamodule=ArrayDataModule(DATA, batch_size=B, val=DATA[:101]))
-    mine = torch.stack([p.detach() for p in svi.parameters()])
-    everyone = svi.all_gather(mine)
+    # Lightning has brought the module back to the CPU, where NCCL gathers nothing.
+    mine = torch.stack([p.detach() for p in svi.parameters()]).to(trainer.strategy.root_device)
+    everyone = trainer.strategy.all_gather(mine)
     draws = svi.posterior_samples(20_000)["mu"]
     if trainer.is_global_zero:
         found = {
@@ -61,4 +63,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -37,6 +37,15 @@ def test_the_posterior_is_the_exact_one(found):
     assert found["sd"] == pytest.approx(SD, rel=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_all_gpus_of_a_machine_find_the_exact_posterior(tmp_path):
+    found = run_script("ddp_fit.py", tmp_path, "gpu")
+    assert found["world_size"] == torch.cuda.device_count()
+    assert found["mean"] == pytest.approx(float(DATA.sum() / (100 + N)), abs=0.1 * SD)
+    assert found["sd"] == pytest.approx(SD, rel=0.05)
+
+
 def test_validation_loss_is_scaled_to_n_and_reduced_over_ranks(found):
     # 101 rows in shares of 51, one row twice, scaled by N/B of each batch. With q = N(m, s) the
     # expected negative ELBO is closed; the figure is from one draw a batch, whose sd is
