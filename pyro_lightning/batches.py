@@ -94,22 +94,6 @@ def batch_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch,), {}
 
 
-def first_of(loaders: Any) -> Any:
-    """Return the first of several loaders, which validate one after the other; or the only one."""
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    return (loaders[0] if loaders else None) if isinstance(loaders, tuple | list) else loaders
-
-
-def loaders_in(loaders: Any) -> list[Any]:
-    """List the loaders among one, several or none."""
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    if isinstance(loaders, tuple | list):
-        return list(loaders)
-    return [] if loaders is None else [loaders]
-
-
 def rows_at_set_up(loader: Any) -> Any:
     """Return the row numbers of a map-style data set from which a batch can be taken, or None."""
     batches = isinstance(loader, DataLoader) and loader.batch_sampler is not None

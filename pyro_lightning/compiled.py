@@ -140,7 +140,7 @@ class CompiledLoss:
         with failing(entry):
             found = of_graph(module, entry.program, inputs, parameters)
             compare(found, expected, "a trace", record["largest"])
-        entry.caught_up(entry.began)
+        entry.caught_up()
 
     # -- steps -----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from pyro_lightning.arguments import (
 from pyro_lightning.arrays import ArrayDataset, Arrays, Columns
 from pyro_lightning.loader import RowLoader
 from pyro_lightning.orders import InBlocks, in_order, shuffled
-from pyro_lightning.retold import retell
+from pyro_lightning.retold import telling
 from pyro_lightning.samplers import DistributedRows, Order, RowBatches, ShuffledRows
 from pyro_lightning.splits import split_rows
 
@@ -153,10 +153,8 @@ class ArrayDataModule(LightningDataModule):
 
     @staticmethod
     def _given(arrays: Arrays | None, name: str) -> ArrayDataset | None:
-        try:
+        with telling(name):
             return None if arrays is None else ArrayDataset(arrays)
-        except (TypeError, ValueError) as error:
-            retell(error, name)
 
     def rows_per_batch(self, train: bool = True) -> int:
         """Rows that a loader hands on at once: B, times the steps that a training step takes."""

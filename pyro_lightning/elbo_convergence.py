@@ -212,8 +212,9 @@ class ELBOConvergence(Callback):
                 return
         if self._mean is not None:
             self._mean.add()
-        entries = [self._parameters[name].reshape(-1)[places] for name, places in self._places]
-        if self._trail.add(torch.cat([each.float() for each in entries])):
+        if self._trail.comes():
+            entries = [self._parameters[name].reshape(-1)[places] for name, places in self._places]
+            self._trail.keep(torch.cat([each.float() for each in entries]))
             self._since += 1
             if self._since >= self.window // 2:
                 self._since = 0
@@ -343,4 +344,4 @@ class ELBOConvergence(Callback):
             return
         self._find(pl_module)
         self._mean = RunningMean(self._parameters)
-        self._mean.restore(checkpoint[_KEY], count=1)  # load_state_dict follows, with the count
+        self._mean.restore(checkpoint[_KEY])  # load_state_dict follows, with the count

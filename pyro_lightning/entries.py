@@ -82,14 +82,14 @@ class Entry:
             self.uses, self.anew = record["uses"], record["anew"]
             self.record = record if record["traced"] else None
 
-    def caught_up(self, epoch: int | None) -> None:
+    def caught_up(self) -> None:
         """Take the place that a trace had, since this one is equal to eager, too."""
         record, self.record = self.record, None
         assert record is not None and self.program is not None
         self.compared, self.program.steps = True, record["steps"]
         self.largest = max(self.largest, record["largest"])
         if not record["compared"]:
-            self.schedule = Schedule(self.program.steps, epoch)
+            self.schedule = Schedule(self.program.steps, self.began)
         elif record["schedule"] is not None:
             self.schedule = Schedule.of(record["schedule"])
         if self.schedule is not None:

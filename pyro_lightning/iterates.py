@@ -159,22 +159,29 @@ class Trail:
 
     def add(self, entry: torch.Tensor) -> bool:
         """Keep an entry, if it is due; tells whether it was."""
+        due = self.comes()
+        if due:
+            self.keep(entry)
+        return due
+
+    def comes(self) -> bool:
+        """Count an entry that comes; tells whether it is due, and has to be given to `keep`."""
         due = self._came % self.interval == 0
         self._came += 1
-        if not due:
-            return False
+        return due
+
+    def keep(self, entry: torch.Tensor) -> None:
+        """Keep the entry that came last."""
         if self._held == self.capacity:
             assert self._room is not None
             self._held //= 2
             self._room[: self._held] = self._room[::2].clone()
-            self.interval *= (
-                2  # of which this entry's number is a multiple, the capacity being even
-            )
+            # This entry's number is a multiple of it, the capacity being even.
+            self.interval *= 2
         if self._room is None:
             self._room = entry.new_empty((self.capacity, *entry.shape))
         self._room[self._held] = entry
         self._held += 1
-        return True
 
     def __len__(self) -> int:
         return self._held

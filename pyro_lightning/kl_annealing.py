@@ -1,6 +1,7 @@
 """The callback that anneals the weight of the KL."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -94,8 +95,17 @@ class KLAnnealing(Callback):
 
     def weight(self, steps: int, epochs: int) -> float:
         """Return the weight of the step after ``steps`` optimizer steps and ``epochs`` epochs."""
-        done = epochs if self.by_epoch else steps
-        return rising_weight(done, self.length, self.start, self.cycles, self.ramp)
+        return self._schedule()(steps, epochs)
+
+    def _schedule(self) -> Callable[[int, int], float]:
+        form = partial(
+            rising_weight,
+            length=self.length,
+            start=self.start,
+            cycles=self.cycles,
+            ramp=self.ramp,
+        )
+        return partial(_scheduled, form, self.by_epoch)
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -107,14 +117,7 @@ class KLAnnealing(Callback):
             raise TypeError(f"KLAnnealing serves a PyroSVIModule, got {type(pl_module).__name__}")
         if sum(isinstance(each, KLAnnealing) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("two KLAnnealing callbacks would set one weight: leave one out")
-        form = partial(
-            rising_weight,
-            length=self.length,
-            start=self.start,
-            cycles=self.cycles,
-            ramp=self.ramp,
-        )
-        pl_module.anneal_kl(partial(_scheduled, form, self.by_epoch))
+        pl_module.anneal_kl(self._schedule())
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse a fit that ends before the weight is 1."""

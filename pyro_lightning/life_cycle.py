@@ -19,7 +19,6 @@ from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.averages import copy_again
 from pyro_lightning.batches import (
     example_batch,
-    first_of,
     map_tensors,
 )
 from pyro_lightning.checks import check_leaves, check_sites, warn_of_unmet, warn_of_unscaled
@@ -39,6 +38,7 @@ from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.layout import shapes_of
 from pyro_lightning.learning_rate import set_learning_rate
+from pyro_lightning.loader_lists import each_loader
 from pyro_lightning.masked_latents import find_masked
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
@@ -248,7 +248,7 @@ class LifeCycle(Runs):
             if training or self._dataset_size is None:
                 self._dataset_size = self._resolve_size(loader if training else None)
             if not training:
-                loader = first_of(loader)
+                loader = next(each_loader(loader), None)
         if training:
             self._mean_batch_size = self._followed = None
             self._rows_of_ranks = RowsOfRanks()

@@ -198,7 +198,8 @@ class PyroSVIModule(AfterFit):
         It is B over the mean batch size of the epoch: exactly 1 where all batches are equal. See
         :func:`pyro_lightning.batch_weight`.
         """
-        self._follow_own_step(batch)
+        if self._in_own_step():
+            self._follow_loader(batch)
         return batch_weight(self.num_rows(data_of(batch)), self._mean_batch_size)
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -220,16 +221,13 @@ class PyroSVIModule(AfterFit):
         """
         with telling_contents(batch):
             loss: torch.Tensor = self._estimate(batch)[0]
-        self._follow_own_step(batch)
+        if self._in_own_step() and torch.is_grad_enabled():
+            self._mark_rows(batch)
         return loss
 
-    def _follow_own_step(self, batch: Any) -> None:
-        """Know of a batch what :meth:`training_step` knows, in one of the user's own."""
-        trainer = self._trainer
-        if self._in_hand is None and trainer is not None and trainer.training:
-            self._follow_loader(batch)
-            if torch.is_grad_enabled():
-                self._mark_rows(batch)
+    def _in_own_step(self) -> bool:
+        """Whether a training step of the user's runs, which knows nothing of rows and loaders."""
+        return self._in_hand is None and self._trainer is not None and self._trainer.training
 
     @with_own_noise
     def _estimate(self, batch: Any, held_out: bool = False) -> tuple[torch.Tensor, bool]:

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningDataModule
 
 from pyro_lightning._lightning import stage_loader
 from pyro_lightning.arguments import read_count, shortly
-from pyro_lightning.batches import loaders_in
 from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
+from pyro_lightning.loader_lists import each_loader
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
 from pyro_lightning.predictive import (
@@ -108,7 +108,7 @@ class Predictions(Spawned):
         """Set up; have the data set of the fit number its rows for a guide that needs it."""
         super().setup(stage)
         if stage == "predict" and self._source is not None and self._per_row():
-            loaders = loaders_in(stage_loader(self.trainer, stage))
+            loaders = each_loader(stage_loader(self.trainer, stage))
             self._numbered = tuple(number_rows_(loaders, self._source))
 
     def teardown(self, stage: str) -> None:
@@ -252,7 +252,7 @@ class Predictions(Spawned):
         """Go through batches on the device; of a datamodule through its training rows, in order."""
         loader: Iterable[Any] = data
         if isinstance(data, LightningDataModule):
-            loaders = loaders_in(data.train_dataloader())
+            loaders = list(each_loader(data.train_dataloader()))
             if len(loaders) != 1:
                 raise ValueError(
                     f"the datamodule has {len(loaders)} training loaders: hand over the one of "

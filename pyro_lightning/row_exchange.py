@@ -1,6 +1,7 @@
 """Gradients of rows, averaged over processes by sending the rows of their batches alone."""
 
 import math
+import operator
 from collections.abc import Collection
 
 import torch
@@ -21,13 +22,14 @@ def average_over_ranks_(parameters: Collection[torch.Tensor]) -> None:
     counts = [torch.empty_like(mine) for _ in range(world)]
     distributed.all_gather(counts, mine)
     packed = torch.cat([_bytes(part) for g in grads for part in (g.indices(), g.values() / world)])
-    widths = torch.tensor([_bytes_of_a_row(grad) for grad in grads], device=mine.device)
+    told = torch.stack(counts).tolist()  # once, since a GPU is waited for
+    widths = [_bytes_of_a_row(grad) for grad in grads]
     # Collectives want equal shapes: the shorter ones are filled up.
-    longest = max(int((each * widths).sum()) for each in counts)
+    longest = max(sum(map(operator.mul, each, widths)) for each in told)
     packed = torch.cat([packed, packed.new_zeros(longest - packed.numel())])
     gathered = [torch.empty_like(packed) for _ in range(world)]
     distributed.all_gather(gathered, packed)
-    found = [_unpacked(p, c.tolist(), grads) for p, c in zip(gathered, counts, strict=True)]
+    found = [_unpacked(p, c, grads) for p, c in zip(gathered, told, strict=True)]
     for number, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
         of_ranks = [parts[number] for parts in found]
         indices = torch.cat([indices for indices, _ in of_ranks], 1)

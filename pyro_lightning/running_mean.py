@@ -66,11 +66,9 @@ class RunningMean:
         return {name: each.detach().clone() for name, each in held.items()}
 
     @torch.no_grad()
-    def restore(self, iterates: Mapping[str, torch.Tensor], count: int) -> None:
-        """Go on from a checkpoint, whose mean the parameters hold now."""
-        self.count, self.swapped = count, False
+    def restore(self, iterates: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint, whose mean the parameters held when this was made."""
         for name, parameter in self._parameters.items():
-            self._other[name].copy_(parameter)
             parameter.copy_(iterates[name])
 
     def to_parameters(self) -> None:

@@ -59,7 +59,8 @@ class HeldSignals:
     def ask(self, device: torch.device) -> None:
         """Begin to tell the signals that arrived to all processes, each of which must ask."""
         flags = torch.zeros(signal.NSIG, device=device)
-        flags[self._arrived] = 1
+        if self._arrived:
+            flags[self._arrived] = 1
         work = distributed.all_reduce(flags, distributed.ReduceOp.MAX, async_op=True)
         self._asked = flags, work
 

@@ -5,10 +5,10 @@ litdata is found among the modules that the user has imported, and never importe
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from pyro_lightning.loader_lists import each_loader
 from pyro_lightning.rank_zero import warn
 
 STATE_IT = "State it: PyroSVIModule(..., dataset_size=N), or a dataset_size on the datamodule."
@@ -110,7 +110,7 @@ def check_shares(loaders: Any, world_size: int, rank: int) -> None:
     Raises:
         ValueError: When it takes itself for another rank, or for one of another number.
     """
-    for loader in _each(loaders):
+    for loader in each_loader(loaders):
         dataset = getattr(loader, "dataset", None)
         if not _is_litdata(dataset):
             continue
@@ -132,19 +132,6 @@ def resume_once(loaders: Any) -> None:
     batch: Lightning, which knows how many there are, does not ask. Rows before the checkpoint would
     train no more. For the first step: by then the iterator is made.
     """
-    for loader in _each(loaders):
+    for loader in each_loader(loaders):
         if _is_litdata(loader, "StreamingDataLoader"):
             loader.restore = False
-
-
-def _each(loaders: Any) -> Iterator[Any]:
-    """Walk through one loader or several, as Lightning takes them."""
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    # Lightning's CombinedLoader lists those that it was made of.
-    loaders = getattr(loaders, "flattened", loaders)
-    if not isinstance(loaders, tuple | list):
-        yield loaders
-        return
-    for loader in loaders:
-        yield from _each(loader)

@@ -184,6 +184,9 @@ def test_no_thread_or_process_is_left(make, shards):
     threads, children = set(threading.enumerate()), set(multiprocessing.active_children())
     example_batch(make(shards))
     gc.collect()
+    # torch tells the threads of a loader's queues to end, and does not wait for them.
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)
     assert set(threading.enumerate()) == threads
     assert set(multiprocessing.active_children()) == children
 
