@@ -243,3 +243,12 @@ class ArrayDataset(Dataset[Any]):
         if self._rows_there is None or self._rows_there.device != wanted.device:
             self._rows_there = torch.as_tensor(np.asarray(self.rows), device=wanted.device)
         return self._rows_there[wanted]
+
+
+def as_numpy(values: torch.Tensor) -> "np.ndarray[Any, Any]":
+    """Return a tensor's values as an array; NumPy has no bfloat16, which becomes float32."""
+    values = values.detach().cpu()
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    array: np.ndarray[Any, Any] = values.numpy()
+    return array

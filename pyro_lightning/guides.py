@@ -209,6 +209,18 @@ def refuse_local_latents(
                 )
 
 
+def refuse_unmade(module: Any) -> None:
+    """Refuse to draw from a guide that has no parameters yet.
+
+    Raises:
+        RuntimeError: Saying how it comes to them.
+    """
+    if not module._initialised:
+        raise RuntimeError(
+            "the guide has no parameters yet: fit the module, or call loss(batch) once"
+        )
+
+
 def refuse_point(guide: Any) -> None:
     """Refuse draws of a guide that holds no more than a point so far.
 

@@ -1,15 +1,15 @@
 """Posterior, predictions, likelihoods and data as the groups of ArviZ's schema."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 
 from pyro_lightning.arguments import shortly
+from pyro_lightning.arrays import as_numpy
 from pyro_lightning.draw_runs import is_observation, is_statement_of_value
-from pyro_lightning.handlers import is_subsample
 from pyro_lightning.plates import read_names
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.predictive import (
@@ -20,9 +20,9 @@ from pyro_lightning.predictive import (
     predictive_draws,
 )
 from pyro_lightning.prepared import local_sites
+from pyro_lightning.reruns import runs_without_data
 from pyro_lightning.retold import telling
 from pyro_lightning.rows import data_of
-from pyro_lightning.states import evaluating
 
 GROUPS = (
     "posterior",
@@ -92,7 +92,7 @@ def collect_groups(
     made: Groups = {}
     for group, listed in found.items():
         dim = 0 if group in _OF_DATA else 1
-        made[group] = {name: _array(torch.cat(each, dim)) for name, each in listed.items()}
+        made[group] = {name: as_numpy(torch.cat(each, dim)) for name, each in listed.items()}
     if "constant_data" in groups:
         # Of all rows: a field and what is observed may be equal in a batch by chance.
         seen = made.get("observed_data", {}).values()
@@ -102,9 +102,9 @@ def collect_groups(
             if not any(_equal(field, each) for each in seen)
         }
     if "posterior" in groups:
-        made["posterior"].update({name: _array(each) for name, each in posterior.items()})
+        made["posterior"].update({name: as_numpy(each) for name, each in posterior.items()})
     if "prior" in groups:
-        made["prior"] = {n: _array(d) for n, d in prior_draws(module, num_samples).items()}
+        made["prior"] = {n: as_numpy(d) for n, d in prior_draws(module, num_samples).items()}
     for group, arrays in made.items():
         if group not in _OF_DATA:
             made[group] = {name: array[None] for name, array in arrays.items()}
@@ -130,7 +130,7 @@ class _Parts:
 
     def of_batch(self, batch: Any) -> dict[str, dict[str, torch.Tensor]]:
         module, groups, shared = self.module, self.groups, self.shared
-        if self.parallel is None:
+        if self.parallel is None and (self.local or groups.difference(_OF_DATA)):
             self.parallel = draws_vectorise(module, batch, *shared)
         found: dict[str, dict[str, torch.Tensor]] = {}
         if "posterior_predictive" in groups or self.local:
@@ -143,7 +143,7 @@ class _Parts:
         if "log_likelihood" in groups:
             with telling("group 'log_likelihood'"):
                 found["log_likelihood"] = log_likelihood_of(
-                    module, batch, *shared, parallel=self.parallel
+                    module, batch, *shared, parallel=self.parallel, tried=True
                 )
         seen = observed_values(module, batch, *shared) if groups.intersection(_OF_DATA) else {}
         if "observed_data" in groups:
@@ -157,12 +157,12 @@ class _Parts:
         """Draw latents of rows and what depends on them together."""
         module, shared, parallel = self.module, self.shared, self.parallel
         if not self.local:
-            return predictive_draws(module, batch, *shared, parallel=parallel)
+            return predictive_draws(module, batch, *shared, parallel=parallel, tried=True)
         if self.predicted is None:
             few = {name: draws[:1] for name, draws in shared[0].items()}
             self.predicted = list(predictive_draws(module, batch, few, 1))
         sites = [*self.local, *self.predicted]
-        return predictive_draws(module, batch, *shared, sites=sites, parallel=parallel)
+        return predictive_draws(module, batch, *shared, sites=sites, parallel=parallel, tried=True)
 
 
 def _fields_of_rows(data: Any, module: Any) -> dict[str, torch.Tensor]:
@@ -188,39 +188,21 @@ def prior_draws(module: Any, num_samples: int) -> dict[str, torch.Tensor]:
     Returns:
         ``(S, *shape of the site)`` by site.
     """
-    batch = module.transfer_batch_to_device(module._prototype, module.device, 0)
-    rows = module.num_rows(data_of(batch))
-    batch, _, _ = module._batch_of_rows(batch, rows, None)
-    args, kwargs = module.model_inputs(data_of(batch))
     plates = {*module._cut_plates, *module._row_plates()}
-    drawn: list[dict[str, torch.Tensor]] = []
-    with (
-        torch.no_grad(),
-        evaluating(module),
-        module._isolated() as handled,
-        module._rows_of(batch, rows),
-    ):
-        model = poutine.trace(module._handler(rows)()(handled(module.model)))
-        for _ in range(num_samples):
-            nodes = model.get_trace(*args, **kwargs).nodes.values()
-            sites = [s for s in nodes if s["type"] == "sample" and not is_subsample(s)]
-            drawn.append(
-                {
-                    site["name"]: site["value"]
-                    for site in sites
-                    if not (is_observation(site) or is_statement_of_value(site))
-                    and not stands_in(site, plates)
-                }
-            )
+    # Closed as this function is left, since it lends the parameters.
+    with closing(runs_without_data(module, module.model, num_samples)) as runs:
+        drawn = [
+            {
+                site["name"]: site["value"]
+                for site in sites
+                if not (is_observation(site) or is_statement_of_value(site))
+                and not stands_in(site, plates)
+            }
+            for sites in runs
+        ]
     # Sites that are not in every run, as behind an `if` of a draw, have no array.
     always = set(drawn[0]).intersection(*drawn)
     return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0] if name in always}
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().cpu()
-    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
 
 
 def named_dims(

@@ -1,18 +1,16 @@
 """Importance weights of a guide's draws, streamed by batch."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 
-from pyro_lightning.guides import refuse_point
-from pyro_lightning.handlers import is_subsample
+from pyro_lightning.guides import refuse_point, refuse_unmade
 from pyro_lightning.log_joint import LogJoint, refuse_local, terms_of
 from pyro_lightning.masked_latents import KEPT
 from pyro_lightning.posterior import is_latent, stands_in
-from pyro_lightning.rows import data_of
-from pyro_lightning.states import evaluating
+from pyro_lightning.reruns import runs_without_data
 
 
 class LogWeights(NamedTuple):
@@ -87,10 +85,7 @@ def compute_log_weights(
 
 
 def _refuse_unserved(module: Any) -> None:
-    if not module._initialised:
-        raise RuntimeError(
-            "the guide has no parameters yet: fit the module, or call loss(batch) once"
-        )
+    refuse_unmade(module)
     refuse_point(module.guide)
     if module._columns:
         raise ValueError(
@@ -114,22 +109,12 @@ def _draw_with_density(
     module: Any, num_samples: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Draw global latents; returns them with the log-density of each draw."""
-    batch = module.transfer_batch_to_device(module._prototype, module.device, 0)
-    count = module.num_rows(data_of(batch))
-    batch, _, _ = module._batch_of_rows(batch, count, None)
-    args, kwargs = module.model_inputs(data_of(batch))
     plates = module._row_plates()
     drawn: list[dict[str, torch.Tensor]] = []
     log_q = torch.empty(num_samples, dtype=torch.double)
-    with (
-        evaluating(module),
-        module._isolated() as handled,
-        module._rows_of(batch, count),
-    ):
-        guide = poutine.trace(module._handler(count)()(handled(module.guide)))
-        for number in range(num_samples):
-            nodes = guide.get_trace(*args, **kwargs).nodes.values()
-            sites = [s for s in nodes if s["type"] == "sample" and not is_subsample(s)]
+    # Closed as this function is left, by an error too, since it lends the parameters.
+    with closing(runs_without_data(module, module.guide, num_samples)) as runs:
+        for number, sites in enumerate(runs):
             local = sorted(s["name"] for s in sites if stands_in(s, plates) and is_latent(s))
             if local:
                 refuse_local(local)

@@ -8,6 +8,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch.distributions import Independent
 
+from pyro_lightning._upstream import mask_of_distribution
 from pyro_lightning.structure import SEE_TABLE, described
 
 Mask = bool | torch.Tensor
@@ -30,7 +31,7 @@ def mask_of(site: Any) -> Mask:
     fn, within = site["fn"], False
     while isinstance(fn, MaskedDistribution | Independent):
         if isinstance(fn, MaskedDistribution):
-            own: Mask = fn._mask  # Pyro has no public name for it
+            own: Mask = mask_of_distribution(fn)
             if within and isinstance(own, torch.Tensor) and own.numel() > 1:
                 raise ValueError(
                     f"{described(site)} has a mask within its event, where a guide has one density "

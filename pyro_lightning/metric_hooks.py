@@ -173,10 +173,9 @@ class MetricHooks(BadBatches):
         with noise_from(derived_seed(seed), self.device, self._draws_in_python):
             if not self._globals_of_data:
                 posterior = global_draws(self, settings.num_samples)
-            given = self._posterior(posterior, batch)
             parallel = settings.parallel
             if parallel is None:
-                shared = given, settings.num_samples
+                shared = self._posterior(posterior, batch), settings.num_samples
                 parallel = draws_vectorise(self, batch, *shared, local=settings.local)
         return EvaluationDraws(seed, posterior, parallel)
 
@@ -195,6 +194,7 @@ class MetricHooks(BadBatches):
         evaluated.target = target = observed_targets(*given, settings.local)
         options: dict[str, Any] = {
             "parallel": shared.parallel,
+            "tried": settings.parallel is None,
             "chunk_size": settings.chunk_size,
             "local": settings.local,
         }

@@ -18,7 +18,7 @@ from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.checks import check_elbo, check_optimizer
 from pyro_lightning.compiled import read_compile
 from pyro_lightning.fit_state import FitState
-from pyro_lightning.guides import refuse_point
+from pyro_lightning.guides import refuse_point, refuse_unmade
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
@@ -334,10 +334,7 @@ class PyroSVIModule(AfterFit):
             ValueError: For rows that do not exist or never trained, or whose latents the guide
                 computes from data that are not given.
         """
-        if not self._initialised:
-            raise RuntimeError(
-                "the guide has no parameters yet: fit the module, or call loss(batch) once"
-            )
+        refuse_unmade(self)
         num_samples = read_count(num_samples, "num_samples")
         refuse_point(self.guide)
         if rows is not None and batch is not None:

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from pyro_lightning.arguments import read_count, read_fraction
 from pyro_lightning.iterates import Trail
 from pyro_lightning.module import PyroSVIModule
+from pyro_lightning.noise import noise_from
 from pyro_lightning.plates import read_names
-from pyro_lightning.states import kept_noise
 from pyro_lightning.trace_plot import interval_figure, need_matplotlib
 
 _SEED = 0  # equal noise each time, so that what moves is the guide
@@ -138,14 +138,8 @@ class PosteriorMonitor(Callback):
 
     def _draw(self, pl_module: Any) -> torch.Tensor:
         """Draw the latents; returns mean, sd and interval of each entry, ``(4, entries)``."""
-        put_back = kept_noise()
-        try:
-            torch.default_generator.manual_seed(_SEED)
-            if pl_module.device.type == "cuda":
-                torch.cuda.manual_seed(_SEED)
+        with noise_from(_SEED, pl_module.device, in_python=True):
             drawn = pl_module.posterior_samples(self.num_samples)
-        finally:
-            put_back()
         if not drawn:
             raise ValueError("the model has no global latents, and PosteriorMonitor none to follow")
         unknown = [site for site in self.sites or () if site not in drawn]

@@ -20,7 +20,7 @@ from pyro_lightning.draw_runs import (
     sites_of_run,
     value_of,
 )
-from pyro_lightning.guides import parts_of
+from pyro_lightning.guides import parts_of, refuse_unmade
 from pyro_lightning.layout import contents_of, layout_of
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.retold import is_foreign, retell
@@ -52,12 +52,10 @@ def prepared(
         ValueError: When it is not known how many draws there are, or for global latents that have
             none.
     """
-    if not module._initialised:
-        raise RuntimeError(
-            "the guide has no parameters yet: fit the module, or call loss(batch) once"
-        )
-    own = local_sites(module) if local == "guide" else set()
-    posterior = {n: d.detach() for n, d in posterior.items() if n not in local_sites(module)}
+    refuse_unmade(module)
+    known = local_sites(module)
+    own = known if local == "guide" else set()
+    posterior = {n: d.detach() for n, d in posterior.items() if n not in known}
     count = _count_draws(posterior, num_samples)
     batch, seen = _with_rows_that_trained(module, batch)
     data = data_of(batch)
@@ -103,7 +101,7 @@ def prepared(
             num_samples=count,
             plates=plates,
             unplated=frozenset(module._scale_sites) if plates or module._scale_sites else None,
-            latents=frozenset({*module._sites, *local_sites(module), *posterior}),
+            latents=frozenset({*module._sites, *known, *posterior}),
             posterior=posterior,
             local=layouts,
             guide=ManyRuns(bare(module.guide), GivenMessenger, event_dims, nesting)

@@ -1,6 +1,6 @@
 """Model or guide of a module, run once more with latents of given values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_lightning.handlers import DataPlateMessenger
 from pyro_lightning.rows import data_of
-from pyro_lightning.states import forked_noise
+from pyro_lightning.states import evaluating, forked_noise
 
 Handled = Callable[[Any], Callable[..., Any]]
 
@@ -51,3 +51,18 @@ def run_again(
             torch.manual_seed(seed)
         met(handled(part))(*args, **kwargs)
     return met
+
+
+def runs_without_data(module: Any, part: Any, count: int) -> Generator[list[Any], None, None]:
+    """Run model or guide as after a fit, on the batch that stands for any; yields sites of runs.
+
+    Args:
+        module: A ``PyroSVIModule`` whose guide has parameters, which are taken as they are.
+        part: Its model or guide.
+        count: How many runs.
+    """
+    batch = module.transfer_batch_to_device(module._prototype, module.device, 0)
+    batch, _, _ = module._batch_of_rows(batch, module.num_rows(data_of(batch)), None)
+    with evaluating(module), module._isolated() as handled:
+        for _ in range(count):
+            yield run_again(module, part, batch, handled, Messenger()).sites

@@ -11,6 +11,8 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 
+from pyro_lightning.arrays import as_numpy
+
 ZARR, NETCDF = "zarr", "netcdf"
 ROW, DRAW, STATISTIC = "row", "draw", "statistic"
 _NEEDED = {ZARR: ("xarray", "zarr"), NETCDF: ("xarray", "h5netcdf")}
@@ -58,19 +60,11 @@ def dataset_of(
             )
         name = quote(site, safe=_SAFE)
         dims = (first, ROW, *(f"{name}_dim_{dim}" for dim in range(values.dim() - 2)))
-        variables[name] = dims, _array(values)
+        variables[name] = dims, as_numpy(values)
     attributes: dict[str, Any] = {"numbered": int(numbered)}
     if labels is not None:  # no coordinate: Zarr has no settled format of strings
         attributes["statistics"] = json.dumps(labels)
     return xarray.Dataset(variables, {ROW: rows.astype(np.int64)}, attributes)
-
-
-def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
-    values = values.detach().cpu()
-    if values.dtype == torch.bfloat16:  # which NumPy does not have
-        values = values.float()
-    array: np.ndarray[Any, Any] = values.numpy()
-    return array
 
 
 def write(dataset: Any, folder: Path, kind: str, loader: int, rank: int, number: int) -> None:
