@@ -81,6 +81,9 @@ class GuideCheck:
     def _off(self) -> list[str]:
         return [repr(each.name) for each in self.sites if each.verdict not in ("agrees", "a point")]
 
+    def _narrow(self) -> list[str]:
+        return [repr(each.name) for each in self.sites if "too narrow" in each.verdict]
+
     @property
     def verdict(self) -> str:
         """What k-hat and the table say, in words."""
@@ -93,6 +96,12 @@ class GuideCheck:
         reliable, words = verdict(self.k, self.num_samples)
         if not reliable:
             return words
+        if self._narrow():
+            return (
+                "usable, with weights, only as far as the guide's own draws reach: it is too narrow "
+                f"at {', '.join(self._narrow())}, and where it draws nothing no weight can tell by "
+                "how much. Take a richer guide, or train longer"
+            )
         if off := self._off():
             return (
                 "usable, with weights: weighted draws can be relied on, but the guide's own are "

@@ -108,6 +108,15 @@ def test_the_best_mean_field_guide_of_a_correlated_posterior_is_found_too_narrow
     assert "too narrow" in check["w"].verdict and not check["w"].agrees
 
 
+def test_usable_weights_of_a_guide_that_is_too_narrow_are_not_called_draws_of_the_posterior():
+    data = correlated_data(0.5)
+    mean, precision = exact_posterior(*data)
+    # k is 1 - 0.65, below the threshold, and the sd 0.81 of the posterior's.
+    check = checked(mean, 0.65 * torch.linalg.inv(precision), data)
+    assert check.reliable and "too narrow" in check["w"].verdict
+    assert "only as far as the guide's own draws reach: it is too narrow at 'w'" in check.verdict
+
+
 def test_weighted_draws_of_a_guide_that_is_too_wide_have_the_posteriors_mean_and_sd():
     data = correlated_data(0.5)
     mean, precision = exact_posterior(*data)
