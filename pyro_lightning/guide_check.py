@@ -96,10 +96,10 @@ class GuideCheck:
         reliable, words = verdict(self.k, self.num_samples)
         if not reliable:
             return words
-        if self._narrow():
+        if narrow := self._narrow():
             return (
-                "usable, with weights, only as far as the guide's own draws reach: it is too narrow "
-                f"at {', '.join(self._narrow())}, and where it draws nothing no weight can tell by "
+                "usable, with weights, only as far as the guide's own draws reach: it is too "
+                f"narrow at {', '.join(narrow)}, and where it draws nothing no weight can tell by "
                 "how much. Take a richer guide, or train longer"
             )
         if off := self._off():
