@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from functools import partial
 
 import pyro
@@ -363,6 +364,9 @@ class Odd(Dataset):
     def __getitem__(self, index):
         if index == self.bad:
             if self.dies:
+                # Its end is a signal, which torch raises wherever the fit then is: let it be the
+                # wait for this row.
+                time.sleep(1)
                 os._exit(1)
             raise OSError(f"row {index} cannot be read")
         return rows()[index]
@@ -407,8 +411,9 @@ def test_a_batch_of_another_layout():
 
 
 def test_a_worker_that_dies_ends_the_fit():
-    loader = DataLoader(Odd(12, dies=True), batch_size=B, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"batch \d of epoch 0 .*could not be loaded.*exited"):
+    # Not one of the rows that are loaded ahead of the look at the first batch.
+    loader = DataLoader(Odd(39, dies=True), batch_size=B, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"batch 4 of epoch 0 .*could not be loaded.*exited"):
         fit(loader)
 
 
