@@ -151,6 +151,15 @@ class ArrayDataModule(LightningDataModule):
         """How many rows the arrays have, those that are held out among them."""
         return self._train.identities
 
+    @property
+    def source(self) -> int:
+        """What tells the arrays from others: a number of what they hold."""
+        return self._train.source
+
+    def _datasets(self) -> list[ArrayDataset]:
+        datasets = self._train, self._val, self._test, self._predict
+        return [dataset for dataset in datasets if dataset is not None]
+
     @staticmethod
     def _given(arrays: Arrays | None, name: str) -> ArrayDataset | None:
         with telling(name):
@@ -232,13 +241,13 @@ class ArrayDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Give up what was copied to a device."""
-        for dataset in (self._train, self._val, self._test, self._predict):
-            if dataset is not None:
-                dataset.columns.release()
+        for dataset in self._datasets():
+            dataset.columns.release()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Number rows no longer: Lightning does not tear down a module whose fit failed."""
-        self._train.row_numbers = False
+        """Number rows no longer: Lightning does not tear down a module whose run failed."""
+        for dataset in self._datasets():
+            dataset.row_numbers = False
         self.teardown("fit")
 
     def train_dataloader(self) -> DataLoader[Any]:

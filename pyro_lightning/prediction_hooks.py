@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from pyro_lightning._lightning import stage_loader
+from pyro_lightning._lightning import stage_loader, stage_of
 from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
@@ -107,9 +107,29 @@ class Predictions(Spawned):
     def setup(self, stage: str) -> None:
         """Set up; have the data set of the fit number its rows for a guide that needs it."""
         super().setup(stage)
-        if stage == "predict" and self._source is not None and self._per_row():
-            loaders = each_loader(stage_loader(self.trainer, stage))
-            self._numbered = tuple(number_rows_(loaders, self._source))
+        if stage == "predict":
+            self._number_predicted_rows()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read a checkpoint, which Lightning does after set-up where it is given ``ckpt_path``."""
+        super().on_load_checkpoint(checkpoint)
+        if stage_of(self) == "predict":
+            self._number_predicted_rows()
+
+    def _number_predicted_rows(self) -> None:
+        """Number predicted rows that are those of the fit, or of the datamodule's training set.
+
+        The latter stands for the former in a module from a checkpoint, which does not tell the data
+        of the fit from others.
+        """
+        source = self._source
+        if source is None and self._trained is not None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if getattr(data, "identities", None) == self._identities:
+                source = getattr(data, "source", None)
+        if source is not None and self._per_row():
+            loaders = each_loader(stage_loader(self.trainer, "predict"))
+            self._numbered += tuple(number_rows_(loaders, source))
 
     def teardown(self, stage: str) -> None:
         """Give up the draws of a prediction, and leave data sets as they were."""

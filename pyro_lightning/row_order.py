@@ -40,14 +40,9 @@ def rows_in_order(loader: Any) -> Any:
 
 
 @contextmanager
-def numbering(loaders: Iterable[Any], source: Any = None) -> Iterator[None]:
-    """Have data sets that can number their rows do so; they are as before afterwards.
-
-    Args:
-        loaders: Loaders of them.
-        source: Which data set alone is to do so; None for any.
-    """
-    switched = number_rows_(loaders, source)
+def numbering(loaders: Iterable[Any]) -> Iterator[None]:
+    """Have data sets that can number their rows do so; they are as before afterwards."""
+    switched = number_rows_(loaders)
     try:
         yield
     finally:
@@ -56,7 +51,7 @@ def numbering(loaders: Iterable[Any], source: Any = None) -> Iterator[None]:
 
 
 def number_rows_(loaders: Iterable[Any], source: Any = None) -> list[Any]:
-    """Have data sets number their rows; returns those that did not before."""
+    """Have data sets, or the one of ``source``, number rows; returns those that did not before."""
     found = [each.dataset for each in map(row_source, loaders) if each is not None]
     switched = []
     for dataset in found:

@@ -257,15 +257,50 @@ def test_rows_of_the_fit_have_their_own_latents():
 @no_validation
 def test_rows_of_a_module_from_a_checkpoint_have_their_own_latents(tmp_path):
     rows = IndexedDataset(X)
-    svi = fitted_rows(DataLoader(rows, batch_size=50))
-    trainer = quiet_trainer()
-    trainer.strategy.connect(svi)
-    trainer.save_checkpoint(tmp_path / "fit.ckpt")
-    loaded = PyroSVIModule.load_from_checkpoint(
-        tmp_path / "fit.ckpt", model=with_local, prediction=svi.prediction
-    )
+    loaded = from_checkpoint(fitted_rows(DataLoader(rows, batch_size=50)), tmp_path)
     found = quiet_trainer().predict(loaded, DataLoader(IndexedDataset(X), batch_size=64))
     assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
+
+
+def from_checkpoint(svi, folder):
+    trainer = quiet_trainer()
+    trainer.strategy.connect(svi)
+    trainer.save_checkpoint(folder / "fit.ckpt")
+    return PyroSVIModule.load_from_checkpoint(
+        folder / "fit.ckpt", model=with_local, prediction=svi.prediction
+    )
+
+
+@no_validation
+def test_rows_of_a_datamodule_have_their_own_latents_after_loading(tmp_path):
+    svi = fitted_rows(ArrayDataModule(X, batch_size=50).train_dataloader())
+    loaded = from_checkpoint(svi, tmp_path)
+    data = ArrayDataModule(X.clone(), predict=X.clone(), batch_size=64)
+    found = quiet_trainer().predict(loaded, datamodule=data)
+    assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
+    assert not data.predict_dataloader().dataset.row_numbers
+
+
+@no_validation
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_of_a_datamodule_have_their_own_latents_from_a_path(tmp_path, workers):
+    svi = fitted_rows(ArrayDataModule(X, batch_size=50).train_dataloader())
+    from_checkpoint(svi, tmp_path)
+    fresh = PyroSVIModule(with_local, prediction=svi.prediction)
+    data = ArrayDataModule(X, predict=X, batch_size=64, num_workers=workers)
+    found = quiet_trainer().predict(fresh, datamodule=data, ckpt_path=tmp_path / "fit.ckpt")
+    assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
+
+
+@no_validation
+@pytest.mark.parametrize("train", [X, torch.cat([X, X])], ids=["other rows", "another number"])
+def test_other_rows_of_a_datamodule_are_new_after_loading(tmp_path, train):
+    svi = fitted_rows(ArrayDataModule(X, batch_size=50).train_dataloader())
+    loaded = from_checkpoint(svi, tmp_path)
+    data = ArrayDataModule(train, predict=train.flip(0), batch_size=N)
+    with pytest.warns(UserWarning, match=f"'z' of {N} rows of the first such batch"):
+        found = quiet_trainer().predict(loaded, datamodule=data)
+    assert joined(found, "z").abs().max() < 5
 
 
 @no_validation
@@ -276,6 +311,16 @@ def test_rows_of_a_datamodule_are_numbered_while_they_are_predicted():
     found = quiet_trainer().predict(svi, loaders)
     assert (joined(found, "z")[0] - 10 * torch.arange(N)).abs().max() < 0.01
     assert not loaders.dataset.row_numbers
+
+
+@no_validation
+def test_rows_of_a_datamodule_have_no_numbers_after_a_prediction_that_failed():
+    data = ArrayDataModule(X, predict=X, batch_size=50, shuffle=False)
+    svi = fitted_rows(data)
+    svi.prediction = Prediction(5, sites="nothing")
+    with pytest.raises(ValueError, match="nothing"):
+        quiet_trainer().predict(svi, datamodule=data)
+    assert not data.predict_dataloader().dataset.row_numbers
 
 
 @no_validation
