@@ -22,19 +22,33 @@ def save(path, value):
     return lambda life: AtomicCheckpointIO().save_checkpoint(state, path)
 
 
+def size_of(path):
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def killed_while_writing(path, temporary, size):
+    """Kill a process once it has written so much; whether its file was not yet in place."""
+    temporary.unlink(missing_ok=True)
+    life = Life(save(path, 2.0))
+    while life.alive() and size_of(temporary) <= size:
+        time.sleep(0.0002)
+    life.send(signal.SIGKILL)
+    life.end()
+    return temporary.exists()
+
+
 def main(found_at):
     path = Path("last.ckpt")
     temporary = path.with_name(".last.ckpt.tmp")
-    AtomicCheckpointIO().save_checkpoint({"value": torch.ones(MEGABYTES * 2**18)}, path)
+    Life(save(path, 1.0)).end()
     whole, cut_short, readable = path.stat().st_size, 0, []
     for number in range(5):
-        temporary.unlink(missing_ok=True)
-        life = Life(save(path, 2.0))
-        while not (temporary.exists() and temporary.stat().st_size > number * whole // 8):
-            time.sleep(0.0002)
-        life.send(signal.SIGKILL)
-        life.end()
-        cut_short += temporary.exists() and temporary.stat().st_size < whole
+        while not killed_while_writing(path, temporary, number * whole // 8):
+            Life(save(path, 1.0)).end()  # it was done before that was seen: once more
+        cut_short += temporary.stat().st_size < whole
         readable.append(float(AtomicCheckpointIO().load_checkpoint(path)["value"].unique()))
     Life(save(path, 2.0)).end()  # over what the last one has left
     after = float(AtomicCheckpointIO().load_checkpoint(path)["value"].unique())

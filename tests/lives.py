@@ -4,13 +4,13 @@ import mmap
 import os
 import random
 import signal
-import socket
 import struct
 import sys
 import time
 import traceback
 
 import torch
+from support import free_port
 
 torch.set_num_threads(1)  # before any thread of a pool is there, which a fork would not have
 
@@ -20,7 +20,7 @@ class Life:
 
     def __init__(self, run, world=1):
         self.counter = mmap.mmap(-1, 16)
-        port = _free_port()
+        port = free_port()
         self.processes = [self._fork(run, rank, world, port) for rank in range(world)]
 
     def _fork(self, run, rank, world, port):
@@ -67,23 +67,29 @@ class Life:
         assert time.monotonic() < end, "the fit does not get on"
         return False
 
+    def linger(self, seconds, steps):
+        """Wait for a time, or until so many more steps were begun."""
+        last, end = self.steps[0] + steps, time.monotonic() + seconds
+        while time.monotonic() < end and self.steps[0] < last:
+            time.sleep(0.0005)
+
     def alive(self):
         return not os.waitid(os.P_PID, self.processes[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def send(self, number, only=None):
-        for process in self.processes if only is None else [self.processes[only]]:
-            os.kill(process, number)
+        """Send a signal to all processes at one moment, or to one of them."""
+        if only is not None:
+            os.kill(self.processes[only], number)
+            return
+        # Stopped first: one that runs on would meet the end of the other, and fail by itself.
+        for each in (signal.SIGSTOP, number, signal.SIGCONT):
+            for process in self.processes:
+                os.kill(process, each)
 
     def end(self):
         """Wait for the end; returns what each process exits with, minus its signal if killed."""
         codes = [os.waitpid(process, 0)[1] for process in self.processes]
         return [os.waitstatus_to_exitcode(code) for code in codes]
-
-
-def _free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def killed_often(run, kills, seed, world=1):
@@ -96,7 +102,9 @@ def killed_often(run, kills, seed, world=1):
     while len(lives) < kills:
         life = Life(run, world)
         if life.wait_for(chance.randint(1, 8)):
-            time.sleep(chance.uniform(0, 0.02))
+            # In this step or the next: on a fast machine a time alone would be many of them, and the
+            # fit over before it was killed so often.
+            life.linger(chance.uniform(0, 0.02), steps=1)
             life.send(signal.SIGKILL)
         steps = life.steps[0]
         codes = life.end()

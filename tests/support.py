@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,6 +31,21 @@ class Ended(NamedTuple):
     errors: str
 
 
+def free_port() -> int:
+    """A port of this machine that nobody has, nor is given before it is used.
+
+    The system gives ports from 32768 on to whoever connects or asks for any; and each of the
+    processes that run tests looks in a range of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(10_000 + 1000 * (worker % 20), 10_000 + 1000 * (worker % 20) + 1000)
+    while True:
+        port = random.SystemRandom().choice(ports)
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+
+
 def run_processes(
     name: str, folder: Path, *arguments: str, nodes: int = 1, timeout: float = 240
 ) -> list[Ended]:
@@ -43,14 +59,11 @@ def run_processes(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_modules}
     environment["PYTHONFAULTHANDLER"] = "1"  # for the stacks of a process that hangs
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    environment["MASTER_PORT"] = str(free_port())
     started = []
     for node in range(nodes):
         place = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
             "WORLD_SIZE": str(nodes),
             "RANK": str(node),
             "GROUP_RANK": str(node),

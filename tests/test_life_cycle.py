@@ -246,10 +246,12 @@ class KeepsProcesses(PyroSVIModule):
 
 def test_set_up_starts_no_worker_process():
     data, svi = WhereMade(), KeepsProcesses()
-    start = AtStart(lambda: (multiprocessing.active_children(), set(svi.processes)))
+    before = set(multiprocessing.active_children())
+    started = lambda: set(multiprocessing.active_children()) - before  # noqa: E731
+    start = AtStart(lambda: (started(), set(svi.processes)))
     loader = DataLoader(data, batch_size=10, num_workers=2, shuffle=True)
     quiet_trainer(max_epochs=1, callbacks=start).fit(svi, loader)
-    assert start.seen == ([], {os.getpid()})
+    assert start.seen == (set(), {os.getpid()})
     assert data.visits == 10  # one batch here; all others were made elsewhere
     assert len(svi.processes - {os.getpid()}) == 2
 

@@ -5,6 +5,7 @@ started.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -22,6 +23,9 @@ def main(path: str) -> None:
     import webdataset
 
     rows = list(range(N))
+    # By default folders that all processes of the machine share, and each empties at its start.
+    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = os.path.abspath("cache-of-chunks")
+    os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = os.path.abspath("cache-of-data")
     litdata.optimize(row, rows, output_dir="lit", chunk_size=70, num_workers=1, verbose=False)
     for shard in range(4):
         with webdataset.TarWriter(f"rows-{shard}.tar") as shards:
