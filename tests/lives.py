@@ -102,8 +102,8 @@ def killed_often(run, kills, seed, world=1):
     while len(lives) < kills:
         life = Life(run, world)
         if life.wait_for(chance.randint(1, 8)):
-            # In this step or the next: on a fast machine a time alone would be many of them, and the
-            # fit over before it was killed so often.
+            # In this step or the next: on a fast machine a time alone would be many of them, and
+            # the fit over before it was killed so often.
             life.linger(chance.uniform(0, 0.02), steps=1)
             life.send(signal.SIGKILL)
         steps = life.steps[0]

@@ -184,11 +184,10 @@ def test_no_thread_or_process_is_left(make, shards):
     threads, children = set(threading.enumerate()), set(multiprocessing.active_children())
     example_batch(make(shards))
     gc.collect()
-    # torch tells the threads of a loader's queues to end, and does not wait for them; those of other
-    # tests may end meanwhile.
-    for each in (set(threading.enumerate()) - threads) | (
-        set(multiprocessing.active_children()) - children
-    ):
+    # torch tells the threads of a loader's queues to end, and does not wait for them. What other
+    # tests have left may end meanwhile.
+    left = set(multiprocessing.active_children()) - children
+    for each in (set(threading.enumerate()) - threads) | left:
         each.join(10)
     assert set(threading.enumerate()) <= threads
     assert set(multiprocessing.active_children()) <= children
