@@ -34,7 +34,7 @@ def test_what_follows_from_the_globals_is_equal_on_one_process_and_two(found, al
 def test_processes_with_other_random_states_share_the_globals(found):
     mu = torch.tensor(found["unseeded"]["level"]) - X
     torch.testing.assert_close(mu, mu[:, :1].expand(S, N), atol=1e-5, rtol=0)
-    assert len(mu[:, 0].unique()) == S
+    assert len(mu[:, 0].unique()) > 0.99 * S  # in single precision two may be equal
 
 
 def test_a_total_over_the_rows_of_two_processes_has_the_sd_of_the_joint_distribution(found, alone):

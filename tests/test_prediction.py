@@ -61,9 +61,10 @@ def test_a_total_over_the_data_set_has_the_same_sd_for_any_split(batches):
 
 def test_draws_of_different_rows_have_noise_of_their_own():
     svi = known(prediction={"num_samples": 10})
-    torch.manual_seed(0)  # under another one two of them may be equal in single precision
     draws = joined(quiet_trainer().predict(svi, loader(50)))
-    assert len(draws.unique()) == 10 * N
+    # In single precision two of 2,000 may be equal. Noise that batches of 4 rows shared, or the
+    # rows of one, would leave at most 500 values.
+    assert len(draws.unique()) > 0.99 * 10 * N
 
 
 def test_a_seed_gives_the_same_draws_and_leaves_random_states_alone():
