@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 def run_processes(
-    name: str, folder: Path, *arguments: str, nodes: int = 1, timeout: float = 240
+    name: str, folder: Path, *arguments: str, nodes: int = 1, timeout: float = 500
 ) -> list[Ended]:
     """Run a script of this folder, which starts processes; or one process of it for each node.
 
