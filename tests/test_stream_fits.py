@@ -12,10 +12,8 @@ from stream_support import (
     mean_of,
     quiet,
     web_loader,
-    web_rows,
-    webdataset,
 )
-from support import no_validation, quiet_trainer
+from support import no_validation, quiet_trainer, run_script
 
 from pyro_lightning import PyroSVIModule
 
@@ -36,30 +34,48 @@ class Streams(LightningDataModule):
         return self.make()
 
 
+@pytest.fixture(scope="module")
+def worked(shards):
+    """Fits whose rows two workers read."""
+    return run_script("stream_workers_fit.py", shards)
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_row_of_litdata_trains_once_an_epoch(workers, shuffle, shards):
+def test_every_row_of_litdata_trains_once_an_epoch(shuffle, shards):
     svi, seen = PyroSVIModule(mean_of), RowsSeen()
     trainer = quiet_trainer(max_epochs=2, callbacks=[seen])
-    trainer.fit(svi, lit_loader(shards, workers, shuffle=shuffle))
+    trainer.fit(svi, lit_loader(shards, shuffle=shuffle))
     assert seen.rows() == [ROWS, ROWS]
     assert svi.dataset_size == N
     assert (seen.epochs[0] != seen.epochs[1]) is shuffle
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_row_of_webdataset_trains_once_an_epoch(workers, shards):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_row_of_litdata_in_workers_trains_once_an_epoch(shuffle, worked):
+    found = worked[f"litdata, {shuffle}"]
+    assert found["rows"] == [ROWS, ROWS]
+    assert found["dataset_size"] == N
+    assert (found["epochs"]["0"] != found["epochs"]["1"]) is shuffle
+
+
+def test_every_row_of_webdataset_trains_once_an_epoch(shards):
     svi, seen = PyroSVIModule(mean_of, dataset_size=N), RowsSeen()
     trainer = quiet_trainer(max_epochs=2, callbacks=[seen])
-    trainer.fit(svi, web_loader(shards, workers, shuffle=True))
+    trainer.fit(svi, web_loader(shards, shuffle=True))
     assert seen.rows() == [ROWS, ROWS]
 
 
-def test_every_row_of_a_webloader_trains_once_an_epoch(shards):
-    svi, seen = PyroSVIModule(mean_of, dataset_size=N), RowsSeen()
-    loader = webdataset.WebLoader(web_rows(shards), batch_size=None, num_workers=2)
-    quiet_trainer(max_epochs=1, callbacks=[seen]).fit(svi, loader)
-    assert seen.rows() == [ROWS]
+def test_every_row_of_webdataset_in_workers_trains_once_an_epoch(worked):
+    assert worked["webdataset"]["rows"] == [ROWS, ROWS]
+
+
+def test_every_row_of_a_webloader_trains_once_an_epoch(worked):
+    assert worked["webloader"]["rows"] == [ROWS]
+
+
+def test_size_is_the_number_of_rows_that_workers_visit(worked):
+    assert worked["size"] == N
+    assert sorted(worked["visited"]) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -104,16 +120,21 @@ def test_each_of_several_data_sets_is_looked_at(several, monkeypatch, shards):
         quiet_trainer(max_epochs=1).fit(PyroSVIModule(mean_of, dataset_size=N), several(pair))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_fit_goes_on_in_the_middle_of_an_epoch_of_litdata(workers, shards, tmp_path):
+def test_a_fit_goes_on_in_the_middle_of_an_epoch_of_litdata(shards, tmp_path):
     # Lightning keeps the loader's state in the checkpoint; the rows before it do not come again.
     first, path = RowsSeen(), tmp_path / "step-27.ckpt"
     trainer = quiet_trainer(max_epochs=2, callbacks=[first, SavedAt(27, path)])
-    trainer.fit(PyroSVIModule(mean_of), lit_loader(shards, workers, shuffle=True))
+    trainer.fit(PyroSVIModule(mean_of), lit_loader(shards, shuffle=True))
     rest = RowsSeen()
     trainer = quiet_trainer(max_epochs=3, callbacks=[rest])
-    loader = lit_loader(shards, workers, shuffle=True)
-    trainer.fit(PyroSVIModule(mean_of), loader, ckpt_path=path)
+    trainer.fit(PyroSVIModule(mean_of), lit_loader(shards, shuffle=True), ckpt_path=path)
     assert rest.epochs[1] == first.epochs[1][7:]
     assert rest.rows()[1] == ROWS
     assert trainer.global_step == 60
+
+
+def test_workers_go_on_in_the_middle_of_an_epoch_of_litdata(worked):
+    first, rest = worked["first"], worked["rest"]
+    assert rest["epochs"]["1"] == first["epochs"]["1"][7:]
+    assert rest["rows"][1] == ROWS
+    assert rest["steps"] == 60

@@ -45,7 +45,6 @@ def split(folder):
 
 LOADERS = {
     "all rows": (lit_loader, N),
-    "workers": (lambda folder: lit_loader(folder, workers=2), N),
     "shuffled": (lambda folder: lit_loader(folder, shuffle=True), N),
     "subsample": (lambda folder: lit_loader(folder, subsample=0.3), 300),
     "subsample, shuffled": (lambda folder: lit_loader(folder, subsample=0.35, shuffle=True), 350),
