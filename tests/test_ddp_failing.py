@@ -1,5 +1,6 @@
 """A job of two processes ends with the error of the one that fails; the other does not wait."""
 
+import re
 import signal
 
 from support import run_processes
@@ -32,4 +33,5 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     )
     assert second.code == -signal.SIGKILL
     assert first.code != 0
-    assert "Connection" in first.errors
+    # Whether it waited for the other, or was about to send to it.
+    assert re.search("Connection|Socket closed|Broken pipe", first.errors)
