@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from pyro_lightning.arguments import read_count, read_number
 from pyro_lightning.guide_units import units_of_parameters
 from pyro_lightning.iterates import Trail, best_r_hat, exactness, split_r_hat
-from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.running_mean import RunningMean
+from pyro_lightning.served import check_served
 
 _KEY = "pyro_lightning_iterate"
 
@@ -136,9 +136,7 @@ class ELBOConvergence(Callback):
         """Begin a fit."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, PyroSVIModule):
-            kind = type(pl_module).__name__
-            raise TypeError(f"ELBOConvergence serves a PyroSVIModule, got {kind}")
+        check_served(self, pl_module)
         if any(isinstance(each, WeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "ELBOConvergence and WeightAveraging both put a mean of the iterates in the place "
