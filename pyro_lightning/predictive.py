@@ -146,7 +146,7 @@ def log_likelihood_of(
     """
     how, local = HowToRun(_read_size(chunk_size), parallel, tried), _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
-        observed = _observed(ready)
+        observed = observed_sites(ready)
         if is_summed_out(ready):
             return summed_log_likelihood(ready, observed, how)
         wanted = {name: ready.of_rows(site, log_prob_of) for name, site in observed.items()}
@@ -172,7 +172,7 @@ def observed_values(
     """
     with prepared(module, batch, posterior, num_samples, "guide", unobserved=False) as ready:
         found = {}
-        for name, site in _observed(ready).items():
+        for name, site in observed_sites(ready).items():
             place = ready.of_rows(site, value_of)
             found[name] = value_of(site).expand(place.layout.shape).movedim(place.dim, 0).clone()
         return found
@@ -235,7 +235,8 @@ def _sites_to_draw(ready: Ready, asked: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _observed(ready: Ready) -> Sites:
+def observed_sites(ready: Ready, wanted: str = "") -> Sites:
+    """Find the observed sites of rows; an error where there are none begins with ``wanted``."""
     found = {
         name: site
         for name, site in ready.sites.items()
@@ -243,6 +244,7 @@ def _observed(ready: Ready) -> Sites:
     }
     if not found:
         raise ValueError(
-            "nothing is observed in this batch: hand over what the model observes in its data plate"
+            f"{wanted}nothing is observed in this batch: hand over what the model observes in its "
+            "data plate"
         )
     return found
