@@ -89,7 +89,6 @@ class Predictions(Spawned):
 
     _prediction: Prediction
     _prediction_run: PredictionRun | None = None
-    _numbered: tuple[Any, ...] = ()
 
     posterior_samples: Callable[..., dict[str, torch.Tensor]]
 
@@ -132,10 +131,8 @@ class Predictions(Spawned):
             self._numbered += tuple(number_rows_(loaders, source))
 
     def teardown(self, stage: str) -> None:
-        """Give up the draws of a prediction, and leave data sets as they were."""
-        for dataset in self._numbered:
-            dataset.row_numbers = False
-        self._numbered, self._prediction_run = (), None
+        """Give up the draws of a prediction."""
+        self._prediction_run = None
         super().teardown(stage)
 
     def on_predict_start(self) -> None:
