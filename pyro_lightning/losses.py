@@ -19,6 +19,7 @@ from pyro.infer import (
 )
 
 from pyro_lightning.analytic_kl import AnalyticKLMessenger
+from pyro_lightning.arguments import shortly
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.renyi import renyi_loss
 from pyro_lightning.wake_sleep import wake_sleep_loss
@@ -30,6 +31,17 @@ _LOG_MEANS = (RenyiELBO, ReweightedWakeSleep, TraceTMC_ELBO)
 # Pyro's own code of these sums rows under one logarithm, or gives no scalar.
 REPLACED = (RenyiELBO, ReweightedWakeSleep)
 SERVED = (*_SUMS, *_LOG_MEANS, EnergyDistance)
+SERVED_NAMES = ", ".join(each.__name__ for each in SERVED)
+
+
+def refuse_unserved(elbo: Any) -> None:
+    """Refuse what is no ELBO that is served.
+
+    Raises:
+        TypeError: Naming those that are.
+    """
+    if not isinstance(elbo, SERVED):
+        raise TypeError(f"elbo must be an instance of one of {SERVED_NAMES}; got {shortly(elbo)}")
 
 
 def differentiable_loss(
