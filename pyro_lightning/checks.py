@@ -87,7 +87,7 @@ def check_sites(
     guide: DataPlateMessenger,
     elbo: Any,
     plates: Iterable[str],
-    run_shorter: Callable[[Any], list[Any]] | None,
+    run_shorter: Callable[[], list[Any]] | None,
 ) -> None:
     """Check the sites of one run of model and guide on one batch.
 

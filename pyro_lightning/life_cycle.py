@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -122,7 +122,8 @@ class LifeCycle(Runs):
         in_model, in_guide = run_once(self, batch, handled)
         # Only a batch whose rows are counted by us can be cut.
         counted = type(self).num_rows is LifeCycle.num_rows
-        shorter = partial(run_shorter, self, batch, handled) if counted else None
+        run = partial(run_shorter, self, batch, handled, in_model.sites)
+        shorter = cache(run) if counted else None  # one run for all checks that ask for it
         plates = cut_plates(in_model) if in_model.plates else row_plates(in_model, shorter)
         self._cut_plates = tuple(sorted(plates))
         self._sites = latent_shapes(in_guide.sites, plates)
@@ -208,7 +209,7 @@ class LifeCycle(Runs):
                 check_broadcast(in_model.sites, plates, self._scale_sites)
                 check_broadcast(in_guide.sites, plates)
                 if type(self).num_rows is LifeCycle.num_rows and rows > 1:
-                    shorter = partial(run_shorter, self, batch, handled)
+                    shorter = partial(run_shorter, self, batch, handled, in_model.sites)
                     check_square(in_model.sites, plates, rows, shorter)
         self._known_shapes |= {shapes_of(data, self.num_rows(data))}
 
