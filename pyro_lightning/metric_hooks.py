@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_lightning.arguments import read_choice
 from pyro_lightning.bad_batches import BadBatches
+from pyro_lightning.batch_runs import HowToRun
 from pyro_lightning.metric_feeding import (
     FROM_DRAWS,
     OF_A_SITE,
@@ -61,12 +62,12 @@ class EvaluationDraws(NamedTuple):
     Attributes:
         seed: What all random numbers follow from.
         posterior: Draws of the global latents; None where each batch has its own.
-        parallel: Whether one run of the model serves all draws.
+        how: How draws are run.
     """
 
     seed: int
     posterior: Mapping[str, torch.Tensor] | None
-    parallel: bool
+    how: HowToRun
 
 
 class MetricHooks(BadBatches):
@@ -173,11 +174,14 @@ class MetricHooks(BadBatches):
         with noise_from(derived_seed(seed), self.device, self._draws_in_python):
             if not self._globals_of_data:
                 posterior = global_draws(self, settings.num_samples)
-            parallel = settings.parallel
-            if parallel is None:
+            how = HowToRun(settings.chunk_size, settings.parallel)
+
+            def vectorise() -> bool:
                 shared = self._posterior(posterior, batch), settings.num_samples
-                parallel = draws_vectorise(self, batch, *shared, local=settings.local)
-        return EvaluationDraws(seed, posterior, parallel)
+                return draws_vectorise(self, batch, *shared, local=settings.local)
+
+            how.find_out(vectorise)
+        return EvaluationDraws(seed, posterior, how)
 
     def _posterior(
         self, posterior: Mapping[str, torch.Tensor] | None, batch: Any
@@ -192,12 +196,7 @@ class MetricHooks(BadBatches):
         settings = self.prediction
         given = self, batch, self._posterior(shared.posterior, batch), settings.num_samples
         evaluated.target = target = observed_targets(*given, settings.local)
-        options: dict[str, Any] = {
-            "parallel": shared.parallel,
-            "tried": settings.parallel is None,
-            "chunk_size": settings.chunk_size,
-            "local": settings.local,
-        }
+        options: dict[str, Any] = {"how": shared.how, "local": settings.local}
         if sites := metrics.sites_for(FROM_DRAWS, target):
             evaluated.draws = predictive_draws(*given, sites=sorted(sites), **options)
         if metrics.sites_for({"log_likelihood"}, target):
