@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from pyro.infer import (
-    ELBO,
-    EnergyDistance,
     trace_elbo,
     trace_mean_field_elbo,
     traceenum_elbo,
@@ -38,8 +36,6 @@ def check_elbo(elbo: Any) -> None:
         TypeError: Naming the ELBOs that are served.
     """
     name = type(elbo).__name__
-    if isinstance(elbo, type) and issubclass(elbo, ELBO | EnergyDistance):
-        raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
     if isinstance(elbo, _JIT):
         raise TypeError(
             f"{name} does not support parameters that belong to a module, as they do here: use "

@@ -19,7 +19,6 @@ from pyro.infer import (
 )
 
 from pyro_lightning.analytic_kl import AnalyticKLMessenger
-from pyro_lightning.arguments import shortly
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.renyi import renyi_loss
 from pyro_lightning.wake_sleep import wake_sleep_loss
@@ -40,8 +39,11 @@ def refuse_unserved(elbo: Any) -> None:
     Raises:
         TypeError: Naming those that are.
     """
+    if isinstance(elbo, type) and issubclass(elbo, ELBO | EnergyDistance):
+        raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
     if not isinstance(elbo, SERVED):
-        raise TypeError(f"elbo must be an instance of one of {SERVED_NAMES}; got {shortly(elbo)}")
+        got = type(elbo).__name__
+        raise TypeError(f"elbo must be an instance of one of {SERVED_NAMES}; got {got}")
 
 
 def differentiable_loss(
