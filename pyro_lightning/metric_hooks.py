@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 from torch import nn
 
 from pyro_lightning.arguments import read_choice
@@ -30,30 +29,6 @@ from pyro_lightning.states import forked_noise
 from pyro_lightning.targets import observed_targets
 
 _OF_BATCHES = OF_A_SITE | {"log_likelihood"}
-
-
-class MetricsOfEpoch(Callback):
-    """Begins and logs the metrics of an evaluation, where a subclass has these hooks, too."""
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the batches of the evaluation before."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._begin_metrics("val", len(trainer.num_val_batches))
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the batches of the evaluation before."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._begin_metrics("test", len(trainer.num_test_batches))
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what the metrics give."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._log_metrics("val")
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what the metrics give."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._log_metrics("test")
 
 
 class EvaluationDraws(NamedTuple):
@@ -109,15 +84,6 @@ class MetricHooks(BadBatches):
         """Return the metrics of each loader."""
         held: Any = self._metrics[stage] if stage in self._metrics else []
         return held  # type: ignore[no-any-return]
-
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Have metrics begun and logged."""
-        held: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self._metrics and not any(isinstance(each, MetricsOfEpoch) for each in held):
-            held.insert(0, MetricsOfEpoch())
-        super().setup(stage)
 
     def _begin_metrics(self, stage: str, loaders: int) -> None:
         held: Any = self._held(stage)
