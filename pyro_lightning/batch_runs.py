@@ -7,15 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lightning.arguments import read_count
-from pyro_lightning.draw_runs import (
-    Layout,
-    ManyRuns,
-    Sites,
-    event_dim_of,
-    is_statement_of_value,
-    number_to_try,
-    value_of,
-)
+from pyro_lightning.draw_runs import Layout, ManyRuns, number_to_try
+from pyro_lightning.given_runs import Sites, event_dim_of, is_statement_of_value, value_of
 from pyro_lightning.posterior import stands_in
 
 Draws = Mapping[str, torch.Tensor]

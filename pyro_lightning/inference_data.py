@@ -11,7 +11,7 @@ import torch
 from pyro_lightning.arguments import shortly
 from pyro_lightning.arrays import as_numpy
 from pyro_lightning.batch_runs import HowToRun
-from pyro_lightning.draw_runs import is_observation, is_statement_of_value
+from pyro_lightning.given_runs import is_observation, is_statement_of_value
 from pyro_lightning.plates import read_names
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.predictive import (

@@ -8,13 +8,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 
 from pyro_lightning.batch_runs import Draws, HowToRun, Ready
-from pyro_lightning.draw_runs import (
-    GivenMessenger,
-    Layout,
-    Sites,
-    is_observation,
-    sites_of_run,
-)
+from pyro_lightning.draw_runs import Layout
+from pyro_lightning.given_runs import GivenMessenger, Sites, is_observation, sites_of_run
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.prepared import prepared
 from pyro_lightning.rows import data_of

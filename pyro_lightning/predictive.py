@@ -7,12 +7,7 @@ import torch
 
 from pyro_lightning.arguments import read_choice
 from pyro_lightning.batch_runs import Draws, HowToRun, Ready
-from pyro_lightning.draw_runs import (
-    Sites,
-    is_observation,
-    log_prob_of,
-    value_of,
-)
+from pyro_lightning.given_runs import Sites, is_observation, log_prob_of, value_of
 from pyro_lightning.plates import read_names
 from pyro_lightning.prepared import local_sites, prepared
 from pyro_lightning.summed_out import is_summed_out, summed_log_likelihood

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from pyro_lightning.batch_runs import Draws, Ready
-from pyro_lightning.draw_runs import (
+from pyro_lightning.draw_runs import Layout, ManyRuns, nesting_of
+from pyro_lightning.given_runs import (
     GivenMessenger,
-    Layout,
-    ManyRuns,
     Run,
     Sites,
     is_observation,
     is_statement_of_value,
-    nesting_of,
     sites_of_run,
     value_of,
 )

@@ -8,7 +8,7 @@ from torch.distributions import Independent
 
 from pyro_lightning._upstream import mask_of_distribution
 from pyro_lightning.batch_runs import Draws
-from pyro_lightning.draw_runs import event_dim_of, value_of
+from pyro_lightning.given_runs import event_dim_of, value_of
 from pyro_lightning.predictive import observed_sites
 from pyro_lightning.prepared import prepared
 
