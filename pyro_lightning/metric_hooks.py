@@ -9,14 +9,8 @@ from torch import nn
 from pyro_lightning.arguments import read_choice
 from pyro_lightning.bad_batches import BadBatches
 from pyro_lightning.batch_runs import HowToRun
-from pyro_lightning.metric_feeding import (
-    FROM_DRAWS,
-    OF_A_SITE,
-    Evaluated,
-    Given,
-    SiteMetrics,
-    read_metrics,
-)
+from pyro_lightning.metric_feeding import Evaluated, SiteMetrics
+from pyro_lightning.metric_inputs import FROM_DRAWS, OF_A_SITE, Given, read_metrics
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction
 from pyro_lightning.predictive import (

@@ -22,7 +22,7 @@ from pyro_lightning.guides import refuse_point, refuse_unmade
 from pyro_lightning.handlers import observed
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import shapes_of, telling_contents
-from pyro_lightning.metric_feeding import Given
+from pyro_lightning.metric_inputs import Given
 from pyro_lightning.plates import read_data_plates, read_names
 from pyro_lightning.posterior import draws_at_once, sample_latents
 from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
