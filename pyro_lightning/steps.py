@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps
-from pyro_lightning.batches import cut_batch
 from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
+from pyro_lightning.parts import Parts
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
 from pyro_lightning.states import kept_tensors
@@ -25,7 +25,7 @@ from pyro_lightning.step_checks import (
     refuse_lr_finder,
     warn_of_shifted,
 )
-from pyro_lightning.whole_steps import WholeSteps, has_repeats
+from pyro_lightning.whole_steps import WholeSteps
 
 
 class ManySteps(WholeSteps):
@@ -202,13 +202,13 @@ class ManySteps(WholeSteps):
             self._step(optimizer, index, self._zero)
 
     # -- whole steps, compiled -------------------------------------------------------------------
-    def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
+    def _fused(self, parts: Parts, number: int, optimizer: Optimizer) -> FusedStep | None:
         if self._compiled is None or not self._may_fuse() or parts.repeats(number):
             return None
         return self._compiled.step(self, parts[number], optimizer)
 
     def _take_fused(
-        self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
+        self, fused: FusedStep, parts: Parts, numbers: list[int], before: int
     ) -> list[StepResult | None]:
         losses: list[torch.Tensor] = []
         self.zero_grad()  # those of an eager step before
@@ -249,7 +249,7 @@ class ManySteps(WholeSteps):
         return taken
 
     def _inputs_of(
-        self, parts: "Parts", numbers: list[int]
+        self, parts: Parts, numbers: list[int]
     ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], Any]]:
         """Yield rows, tensors and structure of parts, cut at once where no hook may change them."""
         rows: Any = None
@@ -321,44 +321,3 @@ class ManySteps(WholeSteps):
         super().on_train_epoch_end()
         if self.steps_per_batch > 1:
             self._step_schedulers("epoch", self.trainer.current_epoch)
-
-
-class Parts:
-    """The mini-batches of successive rows in a batch; the last may be smaller.
-
-    Args:
-        batch: A batch, with or without row numbers.
-        rows: Rows of the batch.
-        size: Rows of a mini-batch.
-
-    Example:
-        >>> [part["x"].tolist() for part in Parts({"x": torch.arange(5)}, rows=5, size=2)]
-        [[0, 1], [2, 3], [4]]
-    """
-
-    def __init__(self, batch: Any, rows: int, size: int) -> None:
-        self.batch, self.rows, self.size = batch, rows, size
-        self._repeats: bool | None = None
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.size)
-
-    def rows_of(self, number: int) -> int:
-        """Count the rows of a mini-batch."""
-        return min(self.size, self.rows - number * self.size)
-
-    def data_of(self, number: int) -> Any:
-        """Return a mini-batch without its row numbers."""
-        return data_of(self[number])
-
-    def repeats(self, number: int) -> bool:
-        """Whether a mini-batch holds a row twice; looked at one by one only if the batch does."""
-        if self._repeats is None:
-            self._repeats = has_repeats(self.batch)
-        return self._repeats and has_repeats(self[number])
-
-    def __getitem__(self, number: int) -> Any:
-        if number >= len(self):
-            raise IndexError(number)
-        start = number * self.size
-        return cut_batch(self.batch, self.rows, start, start + self.rows_of(number))
