@@ -1,21 +1,20 @@
-"""How a module comes to its sizes, parameters and optimizer, before its first step."""
+"""How a module comes to its sizes and parameters, before its first step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 
 from pyro_lightning._lightning import (
     stage_loader,
     transferred,
     unshared,
 )
-from pyro_lightning.arguments import read_count, shortly
+from pyro_lightning.arguments import read_count
 from pyro_lightning.averages import copy_again
 from pyro_lightning.batches import (
     example_batch,
@@ -35,11 +34,10 @@ from pyro_lightning.first_run import (
 from pyro_lightning.growth import check_latents_of_no_plate, check_totals
 from pyro_lightning.guides import cut_plates, refuse_local_latents, row_plates
 from pyro_lightning.handlers import DataPlateMessenger
-from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.layout import shapes_of
-from pyro_lightning.learning_rate import set_learning_rate
 from pyro_lightning.loader_lists import each_loader
 from pyro_lightning.masked_latents import find_masked
+from pyro_lightning.optimizers import Optimizers
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.placed_params import check_places
 from pyro_lightning.posterior import sites_of_data
@@ -50,11 +48,9 @@ from pyro_lightning.ranks import (
     compare_ranks,
     failing_together,
 )
-from pyro_lightning.retold import telling
-from pyro_lightning.row_optim import rowwise
 from pyro_lightning.row_params import check_param_growth
 from pyro_lightning.rows import RowSource, data_of, row_source
-from pyro_lightning.runs import STATE_N, Runs
+from pyro_lightning.runs import STATE_N
 from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.shapes import check_broadcast, check_square
 from pyro_lightning.sizes import cut_sizes, dataset_size_of, mean_batch_size, refuse_no_batch
@@ -64,25 +60,17 @@ from pyro_lightning.streams import check_shares, resume_once
 from pyro_lightning.structure import explained_scales
 from pyro_lightning.uneven import RowsOfRanks
 
-# What Lightning ignores of a scheduler, with a warning, where optimization is manual.
-_OURS = ("reduce_on_plateau", "monitor", "strict")
 
-
-class LifeCycle(Runs):
+class LifeCycle(Optimizers):
     """What a ``PyroSVIModule`` does before its first step."""
 
-    _optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
     _given_size: int | None
     _checks: bool
-    steps_per_batch: int = 1
-    _watched: Mapping[str, Any] = MappingProxyType({})
     _rows_per_step: int | None = None
     _mean_batch_size: float | None = None
     _followed: Any = None
     _rows_of_ranks: RowsOfRanks = RowsOfRanks()
     _globals_of_data: tuple[str, ...] = ()
-    _indexed: tuple[str, ...] = ()
     _checked_rows: int = 0
     _prototype: Any = None
     _draws_in_python: bool = False
@@ -322,44 +310,3 @@ class LifeCycle(Runs):
         with torch.inference_mode(False):
             batch = example_batch(loader, start)
             return transferred(self, batch, self._parameter_device() or torch.device("cpu"))
-
-    def configure_optimizers(self) -> Any:
-        """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
-
-        A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
-        """
-        if not self._initialised:
-            raise RuntimeError(
-                "not all parameters exist yet, and an optimizer made now would miss them: fit the "
-                "module, or call loss(batch) once"
-            )
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "there is nothing to train: neither model nor guide has a parameter. Use an "
-                "autoguide, or give the guide parameters."
-            )
-        with telling("optimizer(parameters)"):
-            made = self._optimizer(parameters)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must return a torch optimizer of the parameters, got {shortly(made)}"
-            )
-        set_learning_rate(made, self.__dict__.get("lr"))
-        optimizer = rowwise(made, self._row_parameters().values())
-        warn_of_indexed(self._indexed, dict(self.named_parameters()), optimizer)
-        if self._lr_scheduler is None:
-            return optimizer
-        with telling("lr_scheduler(optimizer)"):
-            scheduler = self._lr_scheduler(optimizer)
-        if not (isinstance(scheduler, Mapping) or hasattr(scheduler, "step")):
-            raise TypeError(
-                "lr_scheduler must return a scheduler, or Lightning's dict of one, got "
-                f"{shortly(scheduler)}"
-            )
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
-        if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):
-            self._watched = {key: scheduler[key] for key in _OURS if key in scheduler}
-            scheduler = {key: item for key, item in scheduler.items() if key not in _OURS}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}

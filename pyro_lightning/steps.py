@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps
 from pyro_lightning.figures import StepResult
@@ -291,31 +290,7 @@ class ManySteps(WholeSteps):
             "Leave compile out to see the site; a too large learning rate does this."
         )
 
-    # -- schedulers ----------------------------------------------------------------------------
-    def _step_schedulers(self, interval: str, index: int) -> None:
-        """Step the schedulers that are due after a step or an epoch, counted from 0.
-
-        Lightning leaves them to the module where optimization is manual.
-        """
-        for config in self.trainer.lr_scheduler_configs:
-            if config.interval != interval or (index + 1) % config.frequency:
-                continue
-            value = None
-            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-            if self._watched.get("reduce_on_plateau", plateau):
-                if interval == "step":
-                    continue
-                monitor = self._watched.get("monitor")
-                value = self.trainer.callback_metrics.get(str(monitor))
-                if value is None and self._watched.get("strict", True):
-                    raise ValueError(
-                        f"ReduceLROnPlateau watches '{monitor}', which is not logged. "
-                        f"Logged are: {', '.join(sorted(self.trainer.callback_metrics))}"
-                    )
-                if value is None:
-                    continue
-            self.lr_scheduler_step(config.scheduler, value)
-
+    # -- hooks -----------------------------------------------------------------------------------
     def on_train_epoch_end(self) -> None:
         """Log the epoch; step the schedulers of epochs, where optimization is manual."""
         super().on_train_epoch_end()
