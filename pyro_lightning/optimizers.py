@@ -9,22 +9,21 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning.arguments import shortly
+from pyro_lightning.fit_sizes import FitSizes
 from pyro_lightning.indexed_params import warn_of_indexed
 from pyro_lightning.learning_rate import set_learning_rate
 from pyro_lightning.retold import telling
 from pyro_lightning.row_optim import rowwise
-from pyro_lightning.runs import Runs
 
 # What Lightning ignores of a scheduler, with a warning, where optimization is manual.
 _OURS = ("reduce_on_plateau", "monitor", "strict")
 
 
-class Optimizers(Runs):
+class Optimizers(FitSizes):
     """Makes the optimizer of all parameters, and steps schedulers under manual optimization."""
 
     _optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     _lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None
-    steps_per_batch: int = 1
     _watched: Mapping[str, Any] = MappingProxyType({})
     _indexed: tuple[str, ...] = ()
 
