@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pyro_lightning.arguments import read_choice
-from pyro_lightning.bad_batches import BadBatches
 from pyro_lightning.batch_runs import HowToRun
+from pyro_lightning.guide_draws import GuideDraws
 from pyro_lightning.metric_feeding import Evaluated, SiteMetrics
 from pyro_lightning.metric_inputs import FROM_DRAWS, OF_A_SITE, Given, read_metrics
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
@@ -39,7 +39,7 @@ class EvaluationDraws(NamedTuple):
     how: HowToRun
 
 
-class MetricHooks(BadBatches):
+class MetricHooks(GuideDraws):
     """Feeds metrics from posterior predictive draws of the batches of validation and test."""
 
     prediction: Prediction
@@ -165,9 +165,3 @@ class MetricHooks(BadBatches):
             evaluated.log_likelihood = {
                 name: terms.reshape(*terms.shape[:2], -1).sum(-1) for name, terms in each.items()
             }
-
-    def posterior_samples(
-        self, num_samples: int, rows: Any = None, *, batch: Any = None
-    ) -> dict[str, torch.Tensor]:
-        """Draw latents from the guide."""
-        raise NotImplementedError

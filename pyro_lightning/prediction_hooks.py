@@ -1,6 +1,6 @@
 """Lightning's side of prediction: one set of global draws for all batches and processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -80,8 +80,6 @@ class Predictions(Spawned):
 
     _prediction: Prediction
     _prediction_run: PredictionRun | None = None
-
-    posterior_samples: Callable[..., dict[str, torch.Tensor]]
 
     @property
     def prediction(self) -> Prediction:
