@@ -26,7 +26,7 @@ class GivenMessenger(Messenger):
             ``pyro.factor`` excepted.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0., 1.))
         ...     return pyro.sample("x", dist.Delta(z), obs=x)
@@ -102,6 +102,7 @@ def event_dim_of(site: Any) -> int:
     that leave left of them what fits the plates of the site.
 
     Example:
+        >>> import pyro
         >>> with poutine.trace() as traced, pyro.plate("data", 5):
         ...     _ = pyro.deterministic("mean", torch.zeros(5, 3))
         >>> event_dim_of(traced.trace.nodes["mean"])
