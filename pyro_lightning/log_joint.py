@@ -45,7 +45,7 @@ class LogJoint:
         self.module, self.draws = module, draws
         self.count = len(next(iter(draws.values())))
         self.size = module._whole_size()
-        self.how = HowToRun()  # found out on the first batch
+        self.how = HowToRun()
 
     def all_rows(self, batches: Iterable[Any]) -> Estimate:
         """Sum over all rows at each draw."""
