@@ -151,9 +151,9 @@ def test_a_wrong_field_of_a_prediction_is_an_error_of_jsonargparse(write, capsys
 
 
 def test_a_quantile_is_named_on_the_command_line(write):
-    init_args = {"model": "cli_models.regression", "prediction": {"num_samples": 7}}
-    path = write(model={"class_path": "PyroSVIModule", "init_args": init_args})
-    override = ["--trainer.max_epochs=0", "--model.prediction.summary", "0.95"]
+    fields = {"num_samples": 7}
+    path = write(model={"class_path": "cli_models.Predicted", "init_args": {"prediction": fields}})
+    override = ["--trainer.max_epochs=1", "--model.prediction.summary", "0.95"]
     assert main(["fit", "--config", path, *override]).model.prediction.summary == (0.95,)
 
 

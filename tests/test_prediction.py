@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from pyro.infer.autoguide import AutoNormal
 from support import no_validation, normal_mean, quiet_trainer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SubsetRandomSampler
 
 from pyro_lightning import ArrayDataModule, IndexedDataset, Prediction, PyroSVIModule
 from pyro_lightning.prediction import summarised
@@ -349,6 +349,28 @@ def test_log_likelihoods_of_a_datamodule_are_those_of_its_rows_in_order():
     posterior = svi.posterior_samples(20)
     found = svi.log_likelihood(data, posterior=posterior)["x"]
     torch.testing.assert_close(found, exact(posterior, X))
+
+
+ROWS = [7, 3, 90, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"sampler": SubsetRandomSampler(ROWS), "batch_size": 2},
+        {"sampler": ROWS, "batch_size": 2},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(ROWS), 2, drop_last=True)},
+    ],
+)
+def test_log_likelihoods_of_a_datamodule_are_of_the_rows_that_its_sampler_visits(sampling):
+    class Some(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(X, **sampling)
+
+    svi = known()
+    posterior = svi.posterior_samples(20)
+    found = svi.log_likelihood(Some(), posterior=posterior)["x"]
+    torch.testing.assert_close(found, exact(posterior, X[sorted(ROWS)]))
 
 
 def test_log_likelihoods_of_a_loader_come_in_its_order():
