@@ -1,4 +1,4 @@
-"""What a batch has observed, beside which predictive draws are put."""
+"""What a batch has observed, laid out as the draws that are put beside it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from pyro_lightning.prepared import prepared
 
 
 def observed_targets(
-    module: Any, batch: Any, posterior: Draws, num_samples: int, local: str = "guide"
+    module: Any, batch: Any, posterior: Draws, num_samples: int | None = None, local: str = "guide"
 ) -> dict[str, torch.Tensor]:
     """Return what was observed in a batch, with NaN where a mask leaves it out.
 
@@ -21,7 +21,7 @@ def observed_targets(
         module: A ``PyroSVIModule`` whose guide has parameters.
         batch: B rows with what was observed, on its device.
         posterior: Draws of the global latents, of which the first is used.
-        num_samples: Their number.
+        num_samples: Their number, needed where there are none.
         local: ``"guide"``; or ``"prior"``, to leave the guide out.
 
     Returns:
@@ -44,8 +44,7 @@ def observed_targets(
             found[name] = value.movedim(place.dim, 0).clone()
     if not found:
         raise ValueError(
-            "metrics compare draws with what is observed, and nothing is observed in this batch: "
-            "hand over what the model observes in its data plate"
+            "nothing is observed in this batch: hand over what the model observes in its data plate"
         )
     return found
 

@@ -296,6 +296,25 @@ def test_without_arviz_the_error_says_what_to_install(monkeypatch):
         svi.to_inference_data(data, 10, container="InferenceData")
 
 
+def test_what_a_mask_leaves_out_was_not_observed():
+    def model(x, y, seen):
+        w = pyro.sample("w", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Poisson((x * w).sum(-1).exp()), obs=y)
+
+    x, seen = rows()[0], torch.arange(N) % 3 > 0
+    y = torch.where(seen, torch.arange(N), 999)
+    svi = PyroSVIModule(model, AutoNormal, dataset_size=N)
+    svi.loss((x, y, seen))
+    data = ArrayDataModule({"x": x, "y": y, "seen": seen}, batch_size=15)
+    groups = ["observed_data", "constant_data", "posterior_predictive", "log_likelihood"]
+    found = svi.to_inference_data(data, 20, groups=groups)
+    expected = np.where(seen, y, np.nan)
+    np.testing.assert_array_equal(found["observed_data"]["y"], expected)
+    assert set(found["constant_data"].data_vars) == {"x", "seen"}
+    assert not found["log_likelihood"]["y"][..., ~seen.numpy()].any()
+
+
 @no_validation
 def test_a_fit_in_double_precision_draws_its_prior_in_it_after_the_fit_too():
     def model(x, y):
