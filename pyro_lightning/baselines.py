@@ -48,7 +48,8 @@ class DecayingBaselines(nn.Module):
             for name, earlier in answered.earlier.items():
                 if name in store:
                     value = detach_provenance(store[name]).detach()
-                    self.averages[(name.removeprefix(_PREFIX), *value.shape)] = value
+                    key = (name.removeprefix(_PREFIX), *value.shape)
+                    self.averages[key] = value
                     del store[name]
                 if earlier is not None:
                     store[name] = earlier

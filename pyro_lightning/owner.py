@@ -152,8 +152,8 @@ class ModelOwner(PyroModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        state: Any = {**self.__getstate__(), "_back_references": None}  # type: ignore[dict-item]
-        copied.__dict__.update(deepcopy(state, memo))
+        state: Any = self.__getstate__()
+        copied.__dict__.update(deepcopy({**state, "_back_references": None}, memo))
         if self._back_references is not None:
             self._back_references.restore()
             self._back_references.rebind(memo)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class ShuffledRows(RandomSampler):
 
     def __iter__(self) -> Iterator[int]:
         for chunk in self.chunks():
-            yield from chunk.tolist()
+            yield from cast("list[int]", chunk.tolist())
 
 
 class DistributedRows(DistributedSampler[Any]):
@@ -80,7 +80,7 @@ class DistributedRows(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         for chunk in self.chunks():
-            yield from chunk.tolist()
+            yield from cast("list[int]", chunk.tolist())
 
 
 class RowBatches(BatchSampler):
