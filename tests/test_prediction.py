@@ -408,6 +408,19 @@ def test_one_batch_in_the_place_of_several_is_refused():
         known().log_likelihood(X)
 
 
+def test_the_columns_of_one_batch_are_no_batches():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mu * x, 1.0), obs=y)
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    svi.loss((X, X))
+    with pytest.raises(TypeError, match=r"of one batch make \[batch\]"):
+        svi.log_likelihood((X, X))
+    assert svi.log_likelihood([(X, X), [X, X]], 3)["y"].shape == (3, 2 * N)
+
+
 def test_a_datamodule_of_several_training_loaders_is_refused():
     class Two(LightningDataModule):
         def train_dataloader(self):

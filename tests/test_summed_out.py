@@ -100,9 +100,7 @@ def of_lengths(x, lengths):
         for t in pyro.markov(range(x.shape[1])):
             with pyro.poutine.mask(mask=t < lengths):
                 chance = turn.squeeze()[z]
-                z = pyro.sample(
-                    f"z{t}", dist.Categorical(chance), infer={"enumerate": "parallel"}
-                )
+                z = pyro.sample(f"z{t}", dist.Categorical(chance), infer={"enumerate": "parallel"})
                 pyro.sample(f"x{t}", dist.Normal(LOCS[z], 1.0), obs=x[:, t])
 
 
