@@ -1,19 +1,14 @@
 """How guide and model of a batch are run for many draws, and where its rows stand in a site."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from pyro_lightning.draw_runs import (
-    Layout,
-    ManyRuns,
-    Sites,
-    event_dim_of,
-    is_statement_of_value,
-    number_to_try,
-    value_of,
-)
+from pyro_lightning.arguments import read_count
+from pyro_lightning.draw_runs import Layout, ManyRuns, number_to_try
+from pyro_lightning.given_runs import Sites, event_dim_of, is_statement_of_value, value_of
 from pyro_lightning.posterior import stands_in
 
 Draws = Mapping[str, torch.Tensor]
@@ -33,8 +28,9 @@ class OfRows(NamedTuple):
     dim: int
 
 
-class HowToRun(NamedTuple):
-    """How draws are run.
+@dataclass
+class HowToRun:
+    """How draws are run, which the first of several batches tells the others.
 
     Attributes:
         chunk_size: How many are run together; None for as many as are fast.
@@ -45,6 +41,15 @@ class HowToRun(NamedTuple):
     chunk_size: int | None = None
     parallel: bool | None = None
     tried: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            self.chunk_size = read_count(self.chunk_size, "chunk_size")
+
+    def find_out(self, vectorise: Callable[[], bool]) -> None:
+        """Take note of whether draws vectorise, on a first batch, unless it is known."""
+        if self.parallel is None:
+            self.parallel, self.tried = vectorise(), True
 
 
 class Ready(NamedTuple):
@@ -115,7 +120,7 @@ class Ready(NamedTuple):
         return OfRows(Layout(tensor.expand(shape), event_dim), at)
 
     def read(
-        self, reader: Callable[[Any], torch.Tensor], wanted: Mapping[str, OfRows], how: "HowToRun"
+        self, reader: Callable[[Any], torch.Tensor], wanted: Mapping[str, OfRows], how: HowToRun
     ) -> dict[str, torch.Tensor]:
         """Read something of sites of rows, for all draws.
 
@@ -136,7 +141,7 @@ class Ready(NamedTuple):
         return self.in_chunks(rows_first, how)
 
     def in_chunks(
-        self, run: Callable[[Draws, int, bool], dict[str, torch.Tensor]], how: "HowToRun"
+        self, run: Callable[[Draws, int, bool], dict[str, torch.Tensor]], how: HowToRun
     ) -> dict[str, torch.Tensor]:
         """Run the model for all draws, a chunk at a time.
 
@@ -163,7 +168,7 @@ class Ready(NamedTuple):
                 result[name][start : start + count] = each
         return result
 
-    def _at_once(self, how: "HowToRun", chunk: int) -> bool:
+    def _at_once(self, how: HowToRun, chunk: int) -> bool:
         if how.tried and how.parallel is not None:
             return how.parallel
         if how.parallel is False or (how.parallel is None and chunk == 1):
@@ -176,7 +181,8 @@ class Ready(NamedTuple):
                 "must be (x * w).sum(-1), and w[0] must be w[..., 0]. Or leave parallel out: each "
                 "draw is then a run."
             )
-        return why is None
+        how.parallel, how.tried = why is None, True
+        return how.parallel
 
     def why_not_at_once(self) -> str | None:
         """Say why one run of guide and model does not serve several draws; None where it does."""

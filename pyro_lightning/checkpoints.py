@@ -21,6 +21,7 @@ from pyro_lightning.few_rows import FewRows
 from pyro_lightning.first_run import run_once
 from pyro_lightning.formats import KEY, VERSION, blank, pack, stored_in, unpack
 from pyro_lightning.layout import shapes_of
+from pyro_lightning.other_fits import refuse_other_data, refuse_other_plates
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.saved_sites import (
@@ -195,9 +196,9 @@ class Checkpoints(StateDicts):
         stored = stored_in(checkpoint)
         if stored is None:
             return
-        self._refuse_other_plates(stored)
+        refuse_other_plates(self, stored)
         if resumes_fit(self):
-            self._refuse_other_data(stored)
+            refuse_other_data(self, stored)
         self._stored = stored
         if self._given_size is None and stored["dataset_size"] is not None:
             self._dataset_size = stored["dataset_size"]
@@ -211,45 +212,6 @@ class Checkpoints(StateDicts):
             self._rebuild(stored, checkpoint["state_dict"])
         elif (stage := stage_of(self)) is not None:
             super().setup(stage)
-
-    def _refuse_other_plates(self, stored: Mapping[str, Any]) -> None:
-        if stored["plates"] is None:
-            return
-        columns = {name: self._data_plates[name] for name in self._columns}
-        plates = self._row_plates()
-        if set(stored["plates"]) != set(plates) or stored["columns"] != columns:
-            there = _data_plate(stored["plates"], stored["columns"])
-            raise ValueError(
-                f"the checkpoint is of data_plate={there}, and this module has "
-                f"{_data_plate(plates, columns)}: give it data_plate={there}. Where the plate of "
-                "the model itself has another name now, load the weights alone, by load_state_dict."
-            )
-
-    def _refuse_other_data(self, stored: Mapping[str, Any]) -> None:
-        size, rows = stored["dataset_size"], stored["identities"]
-        anew = (
-            "To start a new fit from these weights, load_from_checkpoint and fit without ckpt_path"
-        )
-        if size not in (None, self._dataset_size) and self._given_size is None:
-            raise ValueError(
-                f"the checkpoint is of a fit to N = {size} rows, and the training set has "
-                f"{self._dataset_size}: the optimizer would go on where the loss is another. If "
-                "the same fit is to go on with these data, state it: PyroSVIModule(..., "
-                f"dataset_size={self._dataset_size}). {anew}."
-            )
-        if rows is not None and self._per_row() and rows != self._count_rows():
-            raise ValueError(
-                f"the checkpoint has parameters for {rows} rows, and {self._count_rows()} rows of "
-                "the training set have a number: a guide with latents of each row serves one data "
-                "set. Resume on that one, or make a new module."
-            )
-        steps = stored["steps_per_batch"]
-        if steps not in (None, self.steps_per_batch):
-            raise ValueError(
-                f"the checkpoint is of steps_per_batch={steps}, and this module has "
-                f"{self.steps_per_batch}: what is done would be counted wrongly. Resume with "
-                f"{steps}. {anew}."
-            )
 
     def _rebuild(self, stored: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Run guide and model once on the example batch, so that all parameters exist.
@@ -296,13 +258,6 @@ class Checkpoints(StateDicts):
         self._known_shapes = frozenset([shapes_of(batch, self.num_rows(batch))])
         self._keeps_rows = bool(self._per_row())
         self._initialised = True
-
-
-def _data_plate(plates: list[str], columns: Mapping[str, int | None]) -> str:
-    """Write what a user would hand over as ``data_plate``."""
-    if columns:
-        return repr({**dict.fromkeys(plates), **columns})
-    return repr(plates if len(plates) > 1 else next(iter(plates), None))
 
 
 def _match_dtypes_(

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from pyro.infer import (
-    ELBO,
-    EnergyDistance,
     trace_elbo,
     trace_mean_field_elbo,
     traceenum_elbo,
@@ -17,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.losses import REPLACED, SERVED
+from pyro_lightning.losses import REPLACED, SERVED_NAMES, refuse_unserved
 from pyro_lightning.params import trainable_leaves
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.shapes import check_broadcast, check_growth, check_square
@@ -37,10 +35,7 @@ def check_elbo(elbo: Any) -> None:
     Raises:
         TypeError: Naming the ELBOs that are served.
     """
-    served = ", ".join(cls.__name__ for cls in SERVED)
     name = type(elbo).__name__
-    if isinstance(elbo, type) and issubclass(elbo, ELBO | EnergyDistance):
-        raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
     if isinstance(elbo, _JIT):
         raise TypeError(
             f"{name} does not support parameters that belong to a module, as they do here: use "
@@ -49,16 +44,15 @@ def check_elbo(elbo: Any) -> None:
     if isinstance(elbo, TraceTailAdaptive_ELBO):
         raise TypeError(
             "TraceTailAdaptive_ELBO has no value to report, and weighs its particles by their rank "
-            f"over all rows, which a batch cannot estimate. Use one of {served}."
+            f"over all rows, which a batch cannot estimate. Use one of {SERVED_NAMES}."
         )
     for cls in REPLACED:
         if isinstance(elbo, cls) and type(elbo) is not cls:
             raise TypeError(
                 f"{name} is a subclass of {cls.__name__}, whose loss this library computes itself "
-                f"so that it can be scaled: nothing of {name} would run. Use one of {served}."
+                f"so that it can be scaled: nothing of {name} would run. Use one of {SERVED_NAMES}."
             )
-    if not isinstance(elbo, SERVED):
-        raise TypeError(f"elbo must be an instance of one of {served}; got {name}")
+    refuse_unserved(elbo)
     nesting = getattr(elbo, "max_plate_nesting", None)
     if isinstance(nesting, float) and nesting.is_integer():
         # A command line reads it as a float, which Pyro's default is: infinity.
@@ -89,7 +83,7 @@ def check_sites(
     guide: DataPlateMessenger,
     elbo: Any,
     plates: Iterable[str],
-    run_shorter: Callable[[Any], list[Any]] | None,
+    run_shorter: Callable[[], list[Any]] | None,
 ) -> None:
     """Check the sites of one run of model and guide on one batch.
 

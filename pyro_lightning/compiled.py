@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pyro_lightning._upstream import compile_graph, handlers_around
+from pyro_lightning._upstream import handlers_around
 from pyro_lightning.arguments import shortly
 from pyro_lightning.audits import Schedule
 from pyro_lightning.causes import Exhausted, Unseen, failing
@@ -18,15 +18,14 @@ from pyro_lightning.compared import (
     largest_gradient,
     of_eager,
     of_graph,
-    of_program,
     trained,
 )
 from pyro_lightning.entries import Entry, label_of
 from pyro_lightning.fused import FusedStep, has_state
-from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
-from pyro_lightning.program import Program, StepInputs, step_inputs
+from pyro_lightning.guards import changed
+from pyro_lightning.program import StepInputs, step_inputs
 from pyro_lightning.rank_zero import warn
-from pyro_lightning.states import drawing, drawing_in_python, preserved_generators, preserved_state
+from pyro_lightning.states import drawing
 from pyro_lightning.tracing import NotCompiled, Untraceable
 from pyro_lightning.updates import is_served
 
@@ -124,8 +123,7 @@ class CompiledLoss:
             return
         if entry.program is None:
             with failing(entry):
-                self._trace(module, inputs, entry)
-            self.traces -= 1  # it was counted
+                entry.trace(module, inputs)  # counted when the fit went on
             entry.began = _epoch(module)
             if not record["compared"]:
                 return  # this step is eager, too, and the next one compiled
@@ -172,7 +170,8 @@ class CompiledLoss:
             else:
                 with failing(entry):
                     if not entry.compiled:
-                        self._compile(module, inputs, entry)
+                        self.compilations += 1
+                        entry.compile(module, inputs, self.options)
                     losses.append(entry.program.loss(inputs))
         return losses[0] if losses else None
 
@@ -279,7 +278,8 @@ class CompiledLoss:
                     "none. Make what changes a tensor, such as a buffer, which compiled code reads "
                     "at each step, or batches of fewer sizes"
                 )
-            self._trace(module, inputs, entry)
+            self.traces += 1
+            entry.trace(module, inputs)
         return False
 
     def _compare(
@@ -332,42 +332,6 @@ class CompiledLoss:
             "or a file. Make it a tensor, such as a buffer"
             + ("" if entry.failed else "; it is traced anew")
         )
-
-    def _trace(self, module: Any, inputs: StepInputs, entry: Entry) -> None:
-        self.traces += 1
-        entry.moving = renewed(entry.moving)
-        self._refuse_changes(entry.moving)  # an iterator is never the same, and cannot be put back
-        generators = [guard.read.args[0] for guard in entry.moving]  # type: ignore[attr-defined]
-        with preserved_state(module), preserved_generators(generators):
-            drew = drawing_in_python()
-            entry.program = Program(module, inputs)
-            drawn = drew()
-            self._refuse_changes(entry.moving)
-        if drawn:
-            raise Untraceable(
-                "the model draws from Python's or NumPy's random numbers, which would be the same "
-                "at each step: draw from torch's"
-            )
-        self._refuse_changes(entry.guards)
-        entry.guards += guards_of_values(entry.program.traced.read)
-        entry.traced_on = [tensor.clone() for tensor in inputs.flat.tensors]
-
-    def _refuse_changes(self, guards: list[Guard]) -> None:
-        name = changed(guards)
-        if name is not None:
-            raise Untraceable(f"the model changes '{name}' as it runs")
-
-    def _compile(self, module: Any, inputs: StepInputs, entry: Entry) -> None:
-        program = entry.program
-        assert program is not None
-        parameters = trained(module)
-        steps = program.steps
-        expected = of_program(module, program, inputs, parameters)
-        self.compilations += 1
-        program.run = compile_graph(program.traced.graph, program.example(inputs), self.options)
-        compare(of_program(module, program, inputs, parameters), expected, "compiled code")
-        program.steps = steps  # these were none
-        entry.compiled = True
 
 
 def _epoch(module: Any) -> int | None:

@@ -12,7 +12,7 @@ from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.diagnosis import explained, non_finite_report, not_finite, rows_at_fault
 from pyro_lightning.handlers import DataPlateMessenger, observed
 from pyro_lightning.layout import telling_contents
-from pyro_lightning.losses import SERVED, differentiable_loss
+from pyro_lightning.losses import differentiable_loss, refuse_unserved
 from pyro_lightning.structure import SEE_TABLE
 from pyro_lightning.unscalable import refuse_unscalable, scale_of_whole
 
@@ -72,9 +72,7 @@ def negative_elbo(
 
     Source: Hoffman et al. 2013, "Stochastic variational inference", section 2.
     """
-    if not isinstance(elbo, SERVED):
-        names = ", ".join(each.__name__ for each in SERVED)
-        raise TypeError(f"elbo must be an instance of one of {names}; got {shortly(elbo)}")
+    refuse_unserved(elbo)
     for name, fn in (("model", model), ("guide", guide)):
         if not callable(fn):
             raise TypeError(f"{name} must be a function of args and kwargs, got {shortly(fn)}")

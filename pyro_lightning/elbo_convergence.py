@@ -1,6 +1,5 @@
 """The callback that stops a fit once its iterates are stationary and their mean is exact."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,11 +8,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
 from pyro_lightning.arguments import read_count, read_number
-from pyro_lightning.guide_units import units_of_parameters
 from pyro_lightning.iterates import Trail, best_r_hat, exactness, split_r_hat
-from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.running_mean import RunningMean
+from pyro_lightning.served import check_served
+from pyro_lightning.tracked_entries import TrackedEntries
 
 _KEY = "pyro_lightning_iterate"
 
@@ -110,7 +109,7 @@ class ELBOConvergence(Callback):
         self._rates_of_batch: list[float] = []
         self._step = 0
         self._parameters: dict[str, torch.nn.Parameter] = {}
-        self._places: list[tuple[str, torch.Tensor]] = []
+        self._tracked = TrackedEntries({}, self.max_tracked)
         self._begin()
 
     def _begin(self) -> None:
@@ -136,9 +135,7 @@ class ELBOConvergence(Callback):
         """Begin a fit."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, PyroSVIModule):
-            kind = type(pl_module).__name__
-            raise TypeError(f"ELBOConvergence serves a PyroSVIModule, got {kind}")
+        check_served(self, pl_module)
         if any(isinstance(each, WeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "ELBOConvergence and WeightAveraging both put a mean of the iterates in the place "
@@ -161,16 +158,7 @@ class ELBOConvergence(Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.requires_grad and id(parameter) not in rows
         }
-        total = sum(parameter.numel() for parameter in self._parameters.values())
-        count = min(total, self.max_tracked)
-        # In whole numbers: those of torch.linspace are not exact beyond 2^24 entries.
-        numbers = torch.arange(count) * total // max(count, 1)
-        self._places, start = [], 0
-        for name, parameter in self._parameters.items():
-            inside = (numbers >= start) & (numbers < start + parameter.numel())
-            if inside.any():
-                self._places.append((name, (numbers[inside] - start).to(parameter.device)))
-            start += parameter.numel()
+        self._tracked = TrackedEntries(self._parameters, self.max_tracked)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Find the parameters, which set-up has made, on their device."""
@@ -192,7 +180,7 @@ class ELBOConvergence(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take note of the iterate, and stop where the criterion is met."""
-        if trainer.global_step == self._step or not self._places:
+        if trainer.global_step == self._step or not self._tracked:
             return  # gradients are added up
         self._step = trainer.global_step
         weight = pl_module.kl_weight
@@ -213,8 +201,7 @@ class ELBOConvergence(Callback):
         if self._mean is not None:
             self._mean.add()
         if self._trail.comes():
-            entries = [self._parameters[name].reshape(-1)[places] for name, places in self._places]
-            self._trail.keep(torch.cat([each.float() for each in entries]))
+            self._trail.keep(self._tracked.values())
             self._since += 1
             if self._since >= self.window // 2:
                 self._since = 0
@@ -232,7 +219,7 @@ class ELBOConvergence(Callback):
                 self._mean = RunningMean(self._parameters)
                 self._restart()
         elif len(iterates) >= self.window:
-            exact = exactness(iterates, self._units(pl_module), self.mcse)
+            exact = exactness(iterates, self._tracked.units(pl_module.guide), self.mcse)
             self._found = {"r_hat": float(split_r_hat(iterates).max()), **exact._asdict()}
             met = (
                 self._found["r_hat"] < self.r_hat
@@ -244,15 +231,6 @@ class ELBOConvergence(Callback):
                 rank_zero_info(f"The iterates have converged: {self._told_of()}.")
         for name, value in self._found.items():
             pl_module.log(name, value, on_step=True, on_epoch=False)
-
-    def _units(self, pl_module: Any) -> torch.Tensor:
-        """The unit of each tracked entry; NaN for one that has none."""
-        known, units = units_of_parameters(pl_module.guide), []
-        for name, places in self._places:
-            unit = known.get(id(self._parameters[name]))
-            none = torch.full((len(places),), math.nan)
-            units.append(none if unit is None else unit.reshape(-1)[places].cpu())
-        return torch.cat(units).double()
 
     def _told_of(self) -> str:
         names = {"r_hat": "R-hat", "ess": "ESS", "mcse": "MCSE"}

@@ -1,13 +1,18 @@
 """What is known of the steps of one batch shape: its trace, and how far that is trusted."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from pyro_lightning._upstream import compile_graph
 from pyro_lightning.audits import Schedule
+from pyro_lightning.compared import compare, of_program, trained
 from pyro_lightning.fused import FusedStep
-from pyro_lightning.guards import Guard
+from pyro_lightning.guards import Guard, changed, guards_of_values, renewed
 from pyro_lightning.program import Program, StepInputs
+from pyro_lightning.states import drawing_in_python, preserved_generators, preserved_state
+from pyro_lightning.tracing import Untraceable
 
 
 class Entry:
@@ -60,6 +65,39 @@ class Entry:
         fits = self.program is None or self.program.fits()
         return None if fits else "requires_grad or type of parameters"
 
+    # -- the trace -------------------------------------------------------------------------------
+
+    def trace(self, module: Any, inputs: StepInputs) -> None:
+        """Record the operations of a step, of which nothing outside may change as it runs."""
+        self.moving = renewed(self.moving)
+        _refuse_changes(self.moving)  # an iterator is never the same, and cannot be put back
+        generators = [guard.read.args[0] for guard in self.moving]  # type: ignore[attr-defined]
+        with preserved_state(module), preserved_generators(generators):
+            drew = drawing_in_python()
+            self.program = Program(module, inputs)
+            drawn = drew()
+            _refuse_changes(self.moving)
+        if drawn:
+            raise Untraceable(
+                "the model draws from Python's or NumPy's random numbers, which would be the same "
+                "at each step: draw from torch's"
+            )
+        _refuse_changes(self.guards)
+        self.guards += guards_of_values(self.program.traced.read)
+        self.traced_on = [tensor.clone() for tensor in inputs.flat.tensors]
+
+    def compile(self, module: Any, inputs: StepInputs, options: Mapping[str, Any]) -> None:
+        """Compile the trace, and compare the two."""
+        program = self.program
+        assert program is not None
+        parameters = trained(module)
+        steps = program.steps
+        expected = of_program(module, program, inputs, parameters)
+        program.run = compile_graph(program.traced.graph, program.example(inputs), options)
+        compare(of_program(module, program, inputs, parameters), expected, "compiled code")
+        program.steps = steps  # these were none
+        self.compiled = True
+
     # -- checkpoints -----------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Any]:
@@ -94,6 +132,12 @@ class Entry:
             self.schedule = Schedule.of(record["schedule"])
         if self.schedule is not None:
             self.traced_on = []
+
+
+def _refuse_changes(guards: list[Guard]) -> None:
+    name = changed(guards)
+    if name is not None:
+        raise Untraceable(f"the model changes '{name}' as it runs")
 
 
 def label_of(inputs: StepInputs) -> str:

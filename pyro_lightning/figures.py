@@ -27,13 +27,34 @@ class StepResult(NamedTuple):
 class EpochFigures(Callback):
     """Logs the figures of an epoch before other callbacks come to its end.
 
-    Callbacks have their hook before the module has, and would find those of the last step.
+    Callbacks have their hook before the module has, and would find those of the last step; and a
+    hook of a subclass takes the place of the module's.
     """
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the steps have added up."""
         if isinstance(pl_module, Figures):
             pl_module._log_epoch()
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have metrics forget the batches of the validation before."""
+        if isinstance(pl_module, Figures):
+            pl_module._begin_metrics("val", len(trainer.num_val_batches))
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have metrics forget the batches of the test before."""
+        if isinstance(pl_module, Figures):
+            pl_module._begin_metrics("test", len(trainer.num_test_batches))
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the metrics give."""
+        if isinstance(pl_module, Figures):
+            pl_module._log_metrics("val")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the metrics give."""
+        if isinstance(pl_module, Figures):
+            pl_module._log_metrics("test")
 
 
 class Figures(MetricHooks):

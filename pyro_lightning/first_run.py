@@ -75,15 +75,16 @@ def run_once(
     return in_model, in_guide
 
 
-def run_shorter(module: Any, batch: Any, handled: Handled, values: Messenger) -> list[Any]:
-    """Run the model without the last row of the batch, under a handler that gives values."""
+def run_shorter(module: Any, batch: Any, handled: Handled, sites: list[Any]) -> list[Any]:
+    """Run the model without the last row of the batch, with the latents of a run on all rows."""
+    values = ShortenedValues({s["name"]: s["value"] for s in sites if not s["is_observed"]})
     data = data_of(batch)
     rows = module.num_rows(data) - 1
     args, kwargs = module.model_inputs(first_rows(data, rows))
     with torch.no_grad(), values, module._handler(rows)() as met:
         handled(module.model)(*args, **kwargs)
-    sites: list[Any] = met.sites
-    return sites
+    found: list[Any] = met.sites
+    return found
 
 
 def run_alike(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,16 +11,13 @@ from pyro_lightning.arguments import read_count
 from pyro_lightning.log_weights import LogWeights, compute_log_weights
 from pyro_lightning.psis import LEAST_DRAWS, REFERENCE, smooth, verdict
 from pyro_lightning.site_check import HEADINGS, SiteCheck, compare
-from pyro_lightning.text_tables import rich_table, text_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from pyro_lightning.text_tables import Printable, Printed
 
 LARGEST_ERROR = 0.5  # nats of a log weight, beyond which k-hat is that of the error
 
 
-@dataclass(frozen=True)
-class GuideCheck:
+@dataclass(frozen=True, repr=False)
+class GuideCheck(Printable):
     r"""Whether a guide is to be trusted, by the importance weights of its draws.
 
     A guide that covers the posterior has weights
@@ -136,28 +133,18 @@ class GuideCheck:
         names = ", ".join(repr(site.name) for site in self.sites)
         raise KeyError(f"no global latent '{name}'; there are {names}")
 
-    def _lines(self) -> list[str]:
+    def _printed(self) -> Printed:
         uncertain = [
             "The weighted columns are of few draws, and narrower than the posterior: by them a "
             "guide can be told to be too narrow, and nothing else."
         ]
-        return [
+        lines = [
             f"Pareto k-hat {self.k:.2f} of {self.num_samples:,} draws: {self.verdict}.",
             f"The weighted draws are worth {self.effective_size:,.0f} of the posterior.",
             *([] if self.reliable else uncertain),
             f"({REFERENCE})",
         ]
-
-    def __str__(self) -> str:
-        table = text_table(HEADINGS, [site.cells() for site in self.sites])
-        return "\n".join([table, *self._lines()])
-
-    __repr__ = __str__
-
-    def __rich__(self) -> "Table":
-        """Render as a table of rich: ``rich.print(check)``."""
-        cells = [site.cells() for site in self.sites]
-        return rich_table(HEADINGS, cells, "\n".join(self._lines()))
+        return Printed(HEADINGS, [site.cells() for site in self.sites], lines)
 
 
 def check_guide(

@@ -16,14 +16,12 @@ from pyro.infer.autoguide import (
     AutoLaplaceApproximation,
 )
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import Distribution, Transform
 
 from pyro_lightning._upstream import class_made_by
 from pyro_lightning.devices import on_device
 from pyro_lightning.handlers import DataPlateMessenger, observed
-from pyro_lightning.shapes import ShortenedValues
 from pyro_lightning.structure import SEE_TABLE
 
 _EXPECTED = (
@@ -137,7 +135,7 @@ def cut_plates(in_model: DataPlateMessenger) -> set[str]:
 
 
 def row_plates(
-    in_model: DataPlateMessenger, run_shorter: Callable[[Messenger], list[Any]] | None
+    in_model: DataPlateMessenger, run_shorter: Callable[[], list[Any]] | None
 ) -> set[str]:
     """Name the plates over the rows of a batch, in a model whose data plate is not named.
 
@@ -153,9 +151,7 @@ def row_plates(
     found = {f.name for s in observed(sites) for f in s["cond_indep_stack"] if f.size == rows}
     if not found or run_shorter is None or rows == 1:
         return found
-    latents = {s["name"]: s["value"] for s in sites if not s["is_observed"]}
-    again = run_shorter(ShortenedValues(latents))
-    fixed = {f.name for s in again for f in s["cond_indep_stack"] if f.size == rows}
+    fixed = {f.name for s in run_shorter() for f in s["cond_indep_stack"] if f.size == rows}
     return found - fixed
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from pyro_lightning.arguments import shortly
 from pyro_lightning.arrays import as_numpy
-from pyro_lightning.draw_runs import is_observation, is_statement_of_value
+from pyro_lightning.batch_runs import HowToRun
+from pyro_lightning.given_runs import is_observation, is_statement_of_value
 from pyro_lightning.plates import read_names
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.predictive import (
@@ -125,13 +127,13 @@ class _Parts:
     ) -> None:
         self.module, self.groups, self.local = module, groups, local
         self.shared = posterior, num_samples
-        self.parallel: bool | None = None
+        self.how = HowToRun()
         self.predicted: list[str] | None = None
 
     def of_batch(self, batch: Any) -> dict[str, dict[str, torch.Tensor]]:
         module, groups, shared = self.module, self.groups, self.shared
-        if self.parallel is None and (self.local or groups.difference(_OF_DATA)):
-            self.parallel = draws_vectorise(module, batch, *shared)
+        if self.local or groups.difference(_OF_DATA):
+            self.how.find_out(partial(draws_vectorise, module, batch, *shared))
         found: dict[str, dict[str, torch.Tensor]] = {}
         if "posterior_predictive" in groups or self.local:
             with telling("group 'posterior_predictive'"):
@@ -142,9 +144,7 @@ class _Parts:
                 found["posterior_predictive"] = draws
         if "log_likelihood" in groups:
             with telling("group 'log_likelihood'"):
-                found["log_likelihood"] = log_likelihood_of(
-                    module, batch, *shared, parallel=self.parallel, tried=True
-                )
+                found["log_likelihood"] = log_likelihood_of(module, batch, *shared, how=self.how)
         seen = observed_targets(module, batch, *shared) if groups.intersection(_OF_DATA) else {}
         if "observed_data" in groups:
             found["observed_data"] = seen
@@ -155,14 +155,14 @@ class _Parts:
 
     def _draws(self, batch: Any) -> dict[str, torch.Tensor]:
         """Draw latents of rows and what depends on them together."""
-        module, shared, parallel = self.module, self.shared, self.parallel
+        module, shared, how = self.module, self.shared, self.how
         if not self.local:
-            return predictive_draws(module, batch, *shared, parallel=parallel, tried=True)
+            return predictive_draws(module, batch, *shared, how=how)
         if self.predicted is None:
             few = {name: draws[:1] for name, draws in shared[0].items()}
             self.predicted = list(predictive_draws(module, batch, few, 1))
         sites = [*self.local, *self.predicted]
-        return predictive_draws(module, batch, *shared, sites=sites, parallel=parallel, tried=True)
+        return predictive_draws(module, batch, *shared, sites=sites, how=how)
 
 
 def _fields_of_rows(data: Any, module: Any) -> dict[str, torch.Tensor]:

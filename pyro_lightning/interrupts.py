@@ -5,9 +5,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import distributed
 
 from pyro_lightning._lightning import signals_of
+from pyro_lightning.processes import in_group
 from pyro_lightning.resume import Resume
 
 
@@ -27,7 +27,7 @@ class Interrupts(Resume):
         """Hand over the signals that came in the meantime."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         held = self._fit_state.signals
-        if _alone():
+        if not in_group():
             self._hand_over_signals(held.arrived)
             return
         # Processes act on a signal together, after the same step: one alone would wait for the
@@ -47,7 +47,7 @@ class Interrupts(Resume):
         """Have signals come when they come."""
         super().on_train_end()
         held = self._fit_state.signals
-        if _alone():
+        if not in_group():
             self._hand_over_signals(held.arrived)
         else:
             held.answer()  # what came before the last step has not been handed over, and is asked
@@ -60,10 +60,6 @@ class Interrupts(Resume):
             self._fit_state.signals.hand_over(number)
             if number == signal.SIGTERM:
                 raise SIGTERMException  # as Lightning does, after the validation that may follow
-
-
-def _alone() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized())
 
 
 def _tell(number: int) -> None:

@@ -12,6 +12,7 @@ from pyro_lightning.arguments import read_count, read_flag, read_fraction, read_
 from pyro_lightning.logged_steps import logged_step
 from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.rank_zero import warn
+from pyro_lightning.served import check_served
 
 
 class KLAnnealing(Callback):
@@ -113,8 +114,7 @@ class KLAnnealing(Callback):
         """Have the module weigh the KL."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, PyroSVIModule):
-            raise TypeError(f"KLAnnealing serves a PyroSVIModule, got {type(pl_module).__name__}")
+        check_served(self, pl_module)
         if sum(isinstance(each, KLAnnealing) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("two KLAnnealing callbacks would set one weight: leave one out")
         pl_module.anneal_kl(self._schedule())

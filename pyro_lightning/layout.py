@@ -1,6 +1,6 @@
 """How a batch is laid out, and how that differs from the batch before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,16 +159,17 @@ def _contents(value: Any, path: str) -> Iterator[str]:
 
 
 @contextmanager
-def telling_contents(batch: Any) -> Iterator[None]:
-    """Add what a batch holds to errors of what runs on it."""
+def telling_contents(
+    batch: Any, part: str = "model or guide", hint: Callable[[], str] = str
+) -> Iterator[None]:
+    """Add what a batch holds to errors of what runs on it, and a hint, which is asked for then."""
     try:
         yield
     except Exception as error:
         if not is_foreign(error):
             raise
-        retell(
-            error, "model or guide fails on this batch", f" The batch holds {contents_of(batch)}."
-        )
+        holds = f" The batch holds {contents_of(batch)}.{hint()}"
+        retell(error, f"{part} fails on this batch", holds)
 
 
 def shapes_of(batch: Any, rows: int) -> tuple[Any, ...]:

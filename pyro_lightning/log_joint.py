@@ -8,13 +8,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 
 from pyro_lightning.batch_runs import Draws, HowToRun, Ready
-from pyro_lightning.draw_runs import (
-    GivenMessenger,
-    Layout,
-    Sites,
-    is_observation,
-    sites_of_run,
-)
+from pyro_lightning.draw_runs import Layout
+from pyro_lightning.given_runs import GivenMessenger, Sites, is_observation, sites_of_run
 from pyro_lightning.posterior import stands_in
 from pyro_lightning.prepared import prepared
 from pyro_lightning.rows import data_of
@@ -50,7 +45,7 @@ class LogJoint:
         self.module, self.draws = module, draws
         self.count = len(next(iter(draws.values())))
         self.size = module._whole_size()
-        self.at_once: bool | None = None  # found out on the first batch
+        self.how = HowToRun()
 
     def all_rows(self, batches: Iterable[Any]) -> Estimate:
         """Sum over all rows at each draw."""
@@ -110,14 +105,12 @@ class LogJoint:
     def _at_draws(self, batch: Any) -> _Terms:
         """Sum the terms outside and inside the data plate at each draw, unscaled."""
         with self._ready(batch) as ready:
-            if self.at_once is None:
-                self.at_once = ready.why_not_at_once() is None
-            how = HowToRun(parallel=self.at_once, tried=True)
+            self.how.find_out(lambda: ready.why_not_at_once() is None)
             sites = {name: site for name, site in ready.sites.items() if _has_terms(site)}
             summed: torch.Tensor | None = None
             if is_summed_out(ready):
                 inside = {name: site for name, site in sites.items() if self._is_inside(site)}
-                rows = summed_log_likelihood(ready, self._of_summed(inside, ready), how)
+                rows = summed_log_likelihood(ready, self._of_summed(inside, ready), self.how)
                 summed = torch.stack([each.double().sum(1) for each in rows.values()]).sum(0).cpu()
                 sites = {name: site for name, site in sites.items() if name not in inside}
             layouts = {name: Layout(terms_of(site), 0) for name, site in sites.items()}
@@ -126,7 +119,7 @@ class LogJoint:
                 terms = ready.model.read(terms_of, layouts, draws, count, at_once)
                 return {name: each.reshape(count, -1).sum(1) for name, each in terms.items()}
 
-            parted = self._parted(ready.in_chunks(sums, how), ready)
+            parted = self._parted(ready.in_chunks(sums, self.how), ready)
             return parted if summed is None else (parted[0], summed)
 
     def _is_inside(self, site: Any) -> bool:

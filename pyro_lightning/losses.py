@@ -30,6 +30,20 @@ _LOG_MEANS = (RenyiELBO, ReweightedWakeSleep, TraceTMC_ELBO)
 # Pyro's own code of these sums rows under one logarithm, or gives no scalar.
 REPLACED = (RenyiELBO, ReweightedWakeSleep)
 SERVED = (*_SUMS, *_LOG_MEANS, EnergyDistance)
+SERVED_NAMES = ", ".join(each.__name__ for each in SERVED)
+
+
+def refuse_unserved(elbo: Any) -> None:
+    """Refuse what is no ELBO that is served.
+
+    Raises:
+        TypeError: Naming those that are.
+    """
+    if isinstance(elbo, type) and issubclass(elbo, ELBO | EnergyDistance):
+        raise TypeError(f"elbo must be an instance: write elbo={elbo.__name__}()")
+    if not isinstance(elbo, SERVED):
+        got = type(elbo).__name__
+        raise TypeError(f"elbo must be an instance of one of {SERVED_NAMES}; got {got}")
 
 
 def differentiable_loss(

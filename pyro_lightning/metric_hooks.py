@@ -4,19 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 from torch import nn
 
 from pyro_lightning.arguments import read_choice
-from pyro_lightning.bad_batches import BadBatches
-from pyro_lightning.metric_feeding import (
-    FROM_DRAWS,
-    OF_A_SITE,
-    Evaluated,
-    Given,
-    SiteMetrics,
-    read_metrics,
-)
+from pyro_lightning.batch_runs import HowToRun
+from pyro_lightning.guide_draws import GuideDraws
+from pyro_lightning.metric_feeding import Evaluated, SiteMetrics
+from pyro_lightning.metric_inputs import FROM_DRAWS, OF_A_SITE, Given, read_metrics
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction
 from pyro_lightning.predictive import (
@@ -31,45 +25,21 @@ from pyro_lightning.targets import observed_targets
 _OF_BATCHES = OF_A_SITE | {"log_likelihood"}
 
 
-class MetricsOfEpoch(Callback):
-    """Begins and logs the metrics of an evaluation, where a subclass has these hooks, too."""
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the batches of the evaluation before."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._begin_metrics("val", len(trainer.num_val_batches))
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the batches of the evaluation before."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._begin_metrics("test", len(trainer.num_test_batches))
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what the metrics give."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._log_metrics("val")
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what the metrics give."""
-        if isinstance(pl_module, MetricHooks):
-            pl_module._log_metrics("test")
-
-
 class EvaluationDraws(NamedTuple):
     """What the batches of one evaluation share.
 
     Attributes:
         seed: What all random numbers follow from.
         posterior: Draws of the global latents; None where each batch has its own.
-        parallel: Whether one run of the model serves all draws.
+        how: How draws are run.
     """
 
     seed: int
     posterior: Mapping[str, torch.Tensor] | None
-    parallel: bool
+    how: HowToRun
 
 
-class MetricHooks(BadBatches):
+class MetricHooks(GuideDraws):
     """Feeds metrics from posterior predictive draws of the batches of validation and test."""
 
     prediction: Prediction
@@ -108,15 +78,6 @@ class MetricHooks(BadBatches):
         """Return the metrics of each loader."""
         held: Any = self._metrics[stage] if stage in self._metrics else []
         return held  # type: ignore[no-any-return]
-
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Have metrics begun and logged."""
-        held: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self._metrics and not any(isinstance(each, MetricsOfEpoch) for each in held):
-            held.insert(0, MetricsOfEpoch())
-        super().setup(stage)
 
     def _begin_metrics(self, stage: str, loaders: int) -> None:
         held: Any = self._held(stage)
@@ -173,11 +134,14 @@ class MetricHooks(BadBatches):
         with noise_from(derived_seed(seed), self.device, self._draws_in_python):
             if not self._globals_of_data:
                 posterior = global_draws(self, settings.num_samples)
-            parallel = settings.parallel
-            if parallel is None:
+            how = HowToRun(settings.chunk_size, settings.parallel)
+
+            def vectorise() -> bool:
                 shared = self._posterior(posterior, batch), settings.num_samples
-                parallel = draws_vectorise(self, batch, *shared, local=settings.local)
-        return EvaluationDraws(seed, posterior, parallel)
+                return draws_vectorise(self, batch, *shared, local=settings.local)
+
+            how.find_out(vectorise)
+        return EvaluationDraws(seed, posterior, how)
 
     def _posterior(
         self, posterior: Mapping[str, torch.Tensor] | None, batch: Any
@@ -192,12 +156,7 @@ class MetricHooks(BadBatches):
         settings = self.prediction
         given = self, batch, self._posterior(shared.posterior, batch), settings.num_samples
         evaluated.target = target = observed_targets(*given, settings.local)
-        options: dict[str, Any] = {
-            "parallel": shared.parallel,
-            "tried": settings.parallel is None,
-            "chunk_size": settings.chunk_size,
-            "local": settings.local,
-        }
+        options: dict[str, Any] = {"how": shared.how, "local": settings.local}
         if sites := metrics.sites_for(FROM_DRAWS, target):
             evaluated.draws = predictive_draws(*given, sites=sorted(sites), **options)
         if metrics.sites_for({"log_likelihood"}, target):
@@ -206,9 +165,3 @@ class MetricHooks(BadBatches):
             evaluated.log_likelihood = {
                 name: terms.reshape(*terms.shape[:2], -1).sum(-1) for name, terms in each.items()
             }
-
-    def posterior_samples(
-        self, num_samples: int, rows: Any = None, *, batch: Any = None
-    ) -> dict[str, torch.Tensor]:
-        """Draw latents from the guide."""
-        raise NotImplementedError

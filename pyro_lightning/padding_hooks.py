@@ -12,6 +12,7 @@ from pyro_lightning.batches import cut_batch
 from pyro_lightning.gather import gather_rows
 from pyro_lightning.life_cycle import LifeCycle
 from pyro_lightning.padding import share_of
+from pyro_lightning.processes import in_group
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.ranks import with_own_noise
 from pyro_lightning.rows import data_of
@@ -60,8 +61,7 @@ class PaddingHooks(LifeCycle):
         """
         # On gloo Lightning averages the ranks' sums of batch sizes and rounds the mean down, being
         # of integers (_sync_ddp): 51 and 50 rows give 50. A multiple of R has an exact mean.
-        together = distributed.is_available() and distributed.is_initialized()
-        ranks = distributed.get_world_size() if together else 1
+        ranks = distributed.get_world_size() if in_group() else 1
         if not rows:
             mean = torch.zeros_like(mean) if isinstance(mean, torch.Tensor) else 0.0
         averaged = {"on_step": False, "on_epoch": True, "sync_dist": True, **options}

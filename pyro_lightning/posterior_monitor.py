@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, Trainer
 
 from pyro_lightning.arguments import read_count, read_fraction
 from pyro_lightning.iterates import Trail
-from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.noise import noise_from
 from pyro_lightning.plates import read_names
+from pyro_lightning.served import check_served
 from pyro_lightning.trace_plot import interval_figure, need_matplotlib
 
 _SEED = 0  # equal noise each time, so that what moves is the guide
@@ -95,9 +95,7 @@ class PosteriorMonitor(Callback):
         """Begin a fit."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, PyroSVIModule):
-            kind = type(pl_module).__name__
-            raise TypeError(f"PosteriorMonitor serves a PyroSVIModule, got {kind}")
+        check_served(self, pl_module)
         self._names, self._trail, self._times = [], Trail(_KEPT), 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -1,6 +1,7 @@
 """Lightning's side of prediction: one set of global draws for all batches and processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from pyro_lightning._lightning import stage_loader, stage_of
 from pyro_lightning.arguments import read_count, shortly
+from pyro_lightning.batch_runs import HowToRun
 from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
 from pyro_lightning.layout import layout_of
@@ -33,16 +35,14 @@ class PredictionRun:
         settings: What is drawn.
         seed: What all its random numbers follow from.
         posterior: Draws of the global latents.
-        parallel: Whether draws are run at once; None until the first batch has told.
-        tried: Whether this was tried.
+        how: How draws are run, which the first batch tells.
         warned: Whether it was said that latents come from the prior.
     """
 
     def __init__(self, module: Any, settings: Prediction, seed: int) -> None:
         self.settings = settings
         self.seed = seed
-        self.parallel = settings.parallel
-        self.tried = False
+        self.how = HowToRun(settings.chunk_size, settings.parallel)
         self.warned = settings.local == "prior"
         with noise_from(seed, module.device, module._draws_in_python):
             self.posterior = global_draws(module, settings.num_samples)
@@ -53,20 +53,11 @@ class PredictionRun:
         self._tell_of_prior(module, batch)
         seed = derived_seed(self.seed, *numbers)
         with noise_from(seed, module.device, module._draws_in_python):
-            if self.parallel is None:
-                self.parallel = draws_vectorise(module, batch, *shared, local=settings.local)
-                self.tried = True
+            given = module, batch, *shared
+            self.how.find_out(partial(draws_vectorise, *given, local=settings.local))
             draws = predictive_draws(
-                module,
-                batch,
-                *shared,
-                sites=settings.sites,
-                chunk_size=settings.chunk_size,
-                parallel=self.parallel,
-                tried=self.tried,
-                local=settings.local,
+                *given, sites=settings.sites, how=self.how, local=settings.local
             )
-            self.tried = True
         return {name: settings.kept(each) for name, each in draws.items()}
 
     def _tell_of_prior(self, module: Any, batch: Any) -> None:
@@ -90,9 +81,6 @@ class Predictions(Spawned):
 
     _prediction: Prediction
     _prediction_run: PredictionRun | None = None
-    _numbered: tuple[Any, ...] = ()
-
-    posterior_samples: Callable[..., dict[str, torch.Tensor]]
 
     @property
     def prediction(self) -> Prediction:
@@ -133,10 +121,8 @@ class Predictions(Spawned):
             self._numbered += tuple(number_rows_(loaders, source))
 
     def teardown(self, stage: str) -> None:
-        """Give up the draws of a prediction, and leave data sets as they were."""
-        for dataset in self._numbered:
-            dataset.row_numbers = False
-        self._numbered, self._prediction_run = (), None
+        """Give up the draws of a prediction."""
+        self._prediction_run = None
         super().teardown(stage)
 
     def on_predict_start(self) -> None:
@@ -262,12 +248,11 @@ class Predictions(Spawned):
             shared = read_draws(posterior, "posterior")
         if shared:
             num_samples = len(next(iter(shared.values())))
-        how: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
+        how = HowToRun(chunk_size, parallel)
         for batch in self._batches_of(data):
-            if how["parallel"] is None:
-                how.update(parallel=draws_vectorise(self, batch, shared, num_samples), tried=True)
-            yield log_likelihood_of(self, batch, shared, num_samples, **how)
-            how["tried"] = True
+            given = self, batch, shared, num_samples
+            how.find_out(partial(draws_vectorise, *given))
+            yield log_likelihood_of(*given, how=how)
 
     def _batches_of(self, data: Any) -> Iterator[Any]:
         """Go through batches on the device; of a datamodule through its training rows, in order."""

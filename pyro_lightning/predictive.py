@@ -5,14 +5,9 @@ from typing import Any
 
 import torch
 
-from pyro_lightning.arguments import read_choice, read_count
+from pyro_lightning.arguments import read_choice
 from pyro_lightning.batch_runs import Draws, HowToRun, Ready
-from pyro_lightning.draw_runs import (
-    Sites,
-    is_observation,
-    log_prob_of,
-    value_of,
-)
+from pyro_lightning.given_runs import Sites, is_observation, log_prob_of, value_of
 from pyro_lightning.plates import read_names
 from pyro_lightning.prepared import local_sites, prepared
 from pyro_lightning.summed_out import is_summed_out, summed_log_likelihood
@@ -49,7 +44,7 @@ def predictive_draws(
     sites: str | Sequence[str] | None = None,
     chunk_size: int | None = None,
     parallel: bool | None = None,
-    tried: bool = False,
+    how: HowToRun | None = None,
     local: str = "guide",
 ) -> dict[str, torch.Tensor]:
     r"""Draw sites in the data plate from the posterior predictive distribution of a batch.
@@ -74,7 +69,7 @@ def predictive_draws(
         parallel: Whether one run of model and guide, in an outer plate, serves all draws of a
             chunk. None does so where this gives what a run for each draw does, which is tried on
             three draws.
-        tried: Whether ``parallel`` is what :func:`draws_vectorise` has found.
+        how: These two, as batches before have told; this one tells those that follow.
         local: ``"guide"``; or ``"prior"`` for latents of rows from the prior given the globals, as
             for new rows that lack what the guide reads.
 
@@ -100,7 +95,7 @@ def predictive_draws(
 
     Source: ``pyro.infer.Predictive``.
     """
-    how, local = HowToRun(_read_size(chunk_size), parallel, tried), _read_local(local)
+    how, local = how or HowToRun(chunk_size, parallel), _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=True) as ready:
         names = _sites_to_draw(ready, read_names(sites, "sites"))
         wanted = {name: ready.of_rows(ready.sites[name], value_of) for name in names}
@@ -115,7 +110,7 @@ def log_likelihood_of(
     *,
     chunk_size: int | None = None,
     parallel: bool | None = None,
-    tried: bool = False,
+    how: HowToRun | None = None,
     local: str = "guide",
 ) -> dict[str, torch.Tensor]:
     r"""Compute the log-likelihood of each row of a batch, for draws of the latents.
@@ -133,7 +128,7 @@ def log_likelihood_of(
         num_samples: S, needed where there are none.
         chunk_size: As in :func:`predictive_draws`.
         parallel: As in :func:`predictive_draws`.
-        tried: As in :func:`predictive_draws`.
+        how: As in :func:`predictive_draws`.
         local: As in :func:`predictive_draws`.
 
     Returns:
@@ -144,9 +139,9 @@ def log_likelihood_of(
 
     Source: the group ``log_likelihood`` of ArviZ's schema.
     """
-    how, local = HowToRun(_read_size(chunk_size), parallel, tried), _read_local(local)
+    how, local = how or HowToRun(chunk_size, parallel), _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
-        observed = _observed(ready)
+        observed = observed_sites(ready)
         if is_summed_out(ready):
             return summed_log_likelihood(ready, observed, how)
         wanted = {name: ready.of_rows(site, log_prob_of) for name, site in observed.items()}
@@ -163,8 +158,7 @@ def draws_vectorise(
 ) -> bool:
     """Whether one run of guide and model, in an outer plate, serves several draws of a batch.
 
-    It is tried on three draws, by runs in both ways with equal values at all sites. What is found
-    can be handed on as ``parallel``, with ``tried=True``, so that it is not tried on each batch.
+    It is tried on three draws, by runs in both ways with equal values at all sites.
 
     Args:
         module: A ``PyroSVIModule`` whose guide has parameters.
@@ -176,10 +170,6 @@ def draws_vectorise(
     local = _read_local(local)
     with prepared(module, batch, posterior, num_samples, local, unobserved=True) as ready:
         return ready.why_not_at_once() is None
-
-
-def _read_size(chunk_size: int | None) -> int | None:
-    return None if chunk_size is None else read_count(chunk_size, "chunk_size")
 
 
 def _read_local(local: str) -> str:
@@ -210,7 +200,8 @@ def _sites_to_draw(ready: Ready, asked: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _observed(ready: Ready) -> Sites:
+def observed_sites(ready: Ready) -> Sites:
+    """Find the observed sites of rows, of which there must be one."""
     found = {
         name: site
         for name, site in ready.sites.items()

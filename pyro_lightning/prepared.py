@@ -8,22 +8,19 @@ from typing import Any
 import torch
 
 from pyro_lightning.batch_runs import Draws, Ready
-from pyro_lightning.draw_runs import (
+from pyro_lightning.draw_runs import Layout, ManyRuns, nesting_of
+from pyro_lightning.given_runs import (
     GivenMessenger,
-    Layout,
-    ManyRuns,
     Run,
     Sites,
     is_observation,
     is_statement_of_value,
-    nesting_of,
     sites_of_run,
     value_of,
 )
 from pyro_lightning.guides import parts_of, refuse_unmade
-from pyro_lightning.layout import contents_of, layout_of
+from pyro_lightning.layout import contents_of, layout_of, telling_contents
 from pyro_lightning.posterior import stands_in
-from pyro_lightning.retold import is_foreign, retell
 from pyro_lightning.rows import IndexedBatch, checked_rows, data_of
 from pyro_lightning.states import evaluating
 
@@ -64,6 +61,7 @@ def prepared(
     handler = module._handler(rows)
     plates = frozenset({*module._cut_plates, *module._row_plates()}.difference(module._columns))
     first = {name: draws[0] for name, draws in posterior.items()}
+    hint = partial(_hint, module, data)
     with (
         torch.no_grad(),
         evaluating(module),
@@ -78,7 +76,7 @@ def prepared(
         own = own.difference(unseen)
         in_guide: Sites = {}
         if own:
-            with _told("guide", module, data):
+            with telling_contents(data, "the guide", partial(hint, of_guide=True)):
                 in_guide = sites_of_run(bare(module.guide), GivenMessenger(first))
         layouts = {
             name: Layout(value_of(in_guide[name]), _event_dim(in_guide[name])) for name in own
@@ -90,7 +88,7 @@ def prepared(
         }
         given = partial(GivenMessenger, mixed=masks, unobserved=unobserved)
         values = {**first, **{name: value_of(in_guide[name]) for name in own}}
-        with _told("model", module, data):
+        with telling_contents(data, "the model", hint):
             in_model = sites_of_run(bare(module.model), given(values))
         nesting = nesting_of(in_guide, in_model)
         # Model and guide agree about them, or Pyro refuses the two.
@@ -198,26 +196,18 @@ def _check_globals(ready: Ready, module: Any, values: Mapping[str, Any]) -> None
             )
 
 
-@contextmanager
-def _told(part: str, module: Any, data: Any) -> Iterator[None]:
-    """Say of an error what the batch holds, and what may be missing in it."""
-    try:
-        yield
-    except Exception as error:
-        if not is_foreign(error):
-            raise
-        hint = ""
-        if layout_of(data) != layout_of(module._prototype):
-            hint = (
-                f" Those of the fit held {contents_of(module._prototype)}. What is observed may be "
-                "left out where model and guide have a default for it, as in def model(x, y=None), "
-                "and take the size of their plates from what is left."
-            )
-            if part == "guide":
-                hint += (
-                    " A guide that reads what is observed does not serve new rows: local='prior' "
-                    "draws their latents from the prior, given the globals."
-                )
-        retell(
-            error, f"the {part} fails on this batch", f" The batch holds {contents_of(data)}.{hint}"
+def _hint(module: Any, data: Any, of_guide: bool = False) -> str:
+    """Say what may be missing in a batch, where its layout is none of the fit's."""
+    if layout_of(data) == layout_of(module._prototype):
+        return ""
+    hint = (
+        f" Those of the fit held {contents_of(module._prototype)}. What is observed may be left "
+        "out where model and guide have a default for it, as in def model(x, y=None), and take "
+        "the size of their plates from what is left."
+    )
+    if of_guide:
+        hint += (
+            " A guide that reads what is observed does not serve new rows: local='prior' draws "
+            "their latents from the prior, given the globals."
         )
+    return hint

@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-from pyro_lightning.module import PyroSVIModule
 from pyro_lightning.pace import Pace, clock
 from pyro_lightning.rows import data_of
+from pyro_lightning.served import check_served
 from pyro_lightning.watched import FailedBatch
 
 # Lightning's own names are those of loggers.
@@ -62,9 +62,7 @@ class SVIProgressBar(RichProgressBar):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module whose observations are not known."""
-        if not isinstance(pl_module, PyroSVIModule):
-            kind = type(pl_module).__name__
-            raise TypeError(f"SVIProgressBar serves a PyroSVIModule, got {kind}")
+        check_served(self, pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

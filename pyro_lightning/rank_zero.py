@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import distributed
 
+from pyro_lightning.processes import in_group
+
 
 def warn(message: str, *, stacklevel: int = 1) -> None:
     """Give a ``UserWarning``, once for all processes of a job.
@@ -48,5 +50,4 @@ def first_rank_logs() -> Iterator[None]:
 
 
 def _is_first() -> bool:
-    together = distributed.is_available() and distributed.is_initialized()
-    return not together or distributed.get_rank() == 0
+    return not in_group() or distributed.get_rank() == 0

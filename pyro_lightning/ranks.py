@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback
-from torch import distributed
 
 from pyro_lightning._lightning import shares_of_rows
 from pyro_lightning.noise import noise_of_rank
+from pyro_lightning.processes import everyones
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.row_ranks import RowsOnRanks
 from pyro_lightning.sizes import knows_of_ranks
@@ -74,7 +74,7 @@ def failing_together(trainer: Any) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    said = _everyones(None if error is None else f"{type(error).__name__}: {error}")
+    said = everyones(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     failed = {rank: message for rank, message in enumerate(said) if message is not None}
@@ -99,7 +99,7 @@ def compare_ranks(module: Any, loader: Any) -> None:
     trainer = module.trainer
     if trainer.world_size == 1:
         return
-    told = _everyones((module.dataset_size, sized_len(loader) is not None))
+    told = everyones((module.dataset_size, sized_len(loader) is not None))
     sizes, lengths = zip(*told, strict=True)
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -126,9 +126,3 @@ def _warn_of_parts(module: Any, loader: Any) -> None:
             "each has a part of them, the likelihood would count too little: state the whole "
             "number, PyroSVIModule(..., dataset_size=N)."
         )
-
-
-def _everyones(mine: Any) -> list[Any]:
-    everyones = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyones, mine)
-    return everyones

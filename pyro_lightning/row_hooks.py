@@ -30,7 +30,7 @@ class RowHooks(LightningModule):
     _keeps_rows: bool = True  # not known before the first run
     _source: Any = None
     _trained: torch.Tensor | None = None
-    _switched_on: Any = None
+    _numbered: tuple[Any, ...] = ()  # data sets, which number rows until teardown
     _identities: int | None = None
     _sites_of_data: tuple[str, ...] = ()
     _dims_by_hand: Mapping[str, int] = MappingProxyType({})
@@ -95,8 +95,8 @@ class RowHooks(LightningModule):
             self._source = source.dataset.source
             self._expect_rows(source)
             if not source.dataset.row_numbers:
-                self._switched_on = source.dataset
-                self._switched_on.row_numbers = True
+                source.dataset.row_numbers = True
+                self._numbered += (source.dataset,)
         # DDP would send all rows at each step; RowsOnRanks sends those of a batch.
         of_rows = self._row_parameters()
         self._ddp_params_and_buffers_to_ignore = list(of_rows)
@@ -251,10 +251,10 @@ class RowHooks(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def teardown(self, stage: str) -> None:
-        """Leave the data set as it was."""
-        if self._switched_on is not None:
-            self._switched_on.row_numbers = False
-            self._switched_on = None
+        """Leave data sets as they were."""
+        for dataset in self._numbered:
+            dataset.row_numbers = False
+        self._numbered = ()
 
 
 def _makes_plates(parts: list[Any]) -> bool:

@@ -41,7 +41,7 @@ class RunningMean:
         """Add an iterate."""
         self.count += 1
         for name, mean in self._other.items():
-            mean.add_(self._parameters[name] - mean, alpha=1 / self.count)
+            mean.lerp_(self._parameters[name], 1 / self.count)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -4,13 +4,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import distributed
 from torch.optim import Optimizer
 
 from pyro_lightning import _lightning
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.figures import Figures
 from pyro_lightning.fit_state import FitState
+from pyro_lightning.processes import everyones
 from pyro_lightning.random_states import (
     generator_states,
     random_states,
@@ -92,7 +92,7 @@ class SavedFits(Figures):
             "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "loaders_of_epoch": _lightning.loaded_in_epoch(trainer),
-            "ranks": _gathered(rank),
+            "ranks": everyones(rank),
         }
 
     def _unused_gradients(self, batches: int) -> dict[str, torch.Tensor] | None:
@@ -169,12 +169,3 @@ class SavedFits(Figures):
 
     def _in_fit(self) -> bool:
         return self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Return what each process has, in the order of ranks."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values

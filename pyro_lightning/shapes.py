@@ -82,7 +82,7 @@ def check_square(
     model_sites: Iterable[Any],
     plates: Iterable[str],
     rows: int,
-    run_shorter: Callable[[Messenger], list[Any]],
+    run_shorter: Callable[[], list[Any]],
 ) -> None:
     r"""Check that the rows of an observation stand at the plate, where another dimension has B.
 
@@ -107,10 +107,9 @@ def check_square(
             suspects[site["name"]] = site, frames[0].dim
     if not suspects:
         return
-    latents = {s["name"]: s["value"] for s in model_sites if not s["is_observed"]}
     error: Exception | None = None
     try:
-        again = {s["name"]: s for s in run_shorter(ShortenedValues(latents))}
+        again = {s["name"]: s for s in run_shorter()}
     except Exception as raised:
         again, error = {}, raised
     for name, (site, dim) in suspects.items():
@@ -169,7 +168,7 @@ def check_growth(
     plates: Iterable[str],
     scale_sites: Iterable[str],
     rows: int,
-    run_shorter: Callable[[Messenger], list[Any]],
+    run_shorter: Callable[[], list[Any]],
 ) -> None:
     """Check that no site outside the data plate holds the rows of the batch.
 
@@ -180,8 +179,8 @@ def check_growth(
         plates: Names of the data plates.
         scale_sites: Names of the sites outside them that are scaled too.
         rows: B.
-        run_shorter: Runs the model on B - 1 rows under a handler, which gives the latents their
-            values, and returns the messages of its sites.
+        run_shorter: Runs the model on B - 1 rows, its latents held at the values that they had, and
+            returns the messages of its sites.
 
     Raises:
         ValueError: Naming the site and its shapes: its terms are not scaled, though the rows are.
@@ -197,10 +196,9 @@ def check_growth(
     }
     if not suspects:
         return
-    latents = {s["name"]: s["value"] for s in model_sites if not s["is_observed"]}
     messages = {site["name"]: site for site in model_sites}
     try:
-        again = {s["name"]: _shapes(s) for s in run_shorter(ShortenedValues(latents))}
+        again = {s["name"]: _shapes(s) for s in run_shorter()}
     except Exception as error:
         site = messages[next(iter(suspects))]
         raise ValueError(

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_lightning.arguments import read_callable, read_count, shortly
-from pyro_lightning.batches import count_rows
+from pyro_lightning.arrays import Columns
 from pyro_lightning.data import ArrayDataModule
 from pyro_lightning.module import PyroSVIModule
-from pyro_lightning.simulation import Key, as_tensors, rank_among, simulate
+from pyro_lightning.simulation import Key, rank_among, simulate
 from pyro_lightning.states import forked_noise
 from pyro_lightning.uniformity import LEAST_SAMPLES, CalibrationCheck, check_ranks
 
@@ -82,8 +83,9 @@ def simulation_based_calibration(
         )
     num_simulations = read_count(num_simulations, "num_simulations")
     num_samples = read_count(num_samples, "num_samples", LEAST_SAMPLES)
-    arrays = as_tensors(arrays)
-    size = count_rows(arrays) if batch_size is None else read_count(batch_size, "batch_size")
+    columns = Columns(arrays)
+    arrays = columns.cut(np.arange(len(columns)))
+    size = len(columns) if batch_size is None else read_count(batch_size, "batch_size")
     # Drawn beforehand: a fit that seeds its random numbers would make all data equal.
     seeds = torch.randint(2**62, (num_simulations,), device="cpu").tolist()
     found: dict[str, list[torch.Tensor]] = {}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from torch.distributions import Distribution
@@ -57,20 +56,6 @@ def simulate(
         if not s["infer"].get("was_observed") and not stands_in(s, plates)
     }
     return truth, _replaced(arrays, simulated)
-
-
-def as_tensors(arrays: Any) -> Any:
-    """Make tensors of the NumPy arrays among a tuple or dict of arrays, or of one alone.
-
-    Example:
-        >>> as_tensors({"x": np.zeros(2), "y": torch.zeros(2)})
-        {'x': tensor([0., 0.], dtype=torch.float64), 'y': tensor([0., 0.])}
-    """
-    if isinstance(arrays, np.ndarray):
-        return torch.from_numpy(np.array(arrays))  # a memmap is read, and nothing is shared
-    if isinstance(arrays, Mapping):
-        return {name: as_tensors(array) for name, array in arrays.items()}
-    return tuple(map(as_tensors, arrays)) if isinstance(arrays, tuple | list) else arrays
 
 
 def _refuse_parameters(sites: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import pyro
 import torch
@@ -20,10 +20,7 @@ from pyro_lightning.masks import carry_masks_
 from pyro_lightning.params import complete_contexts
 from pyro_lightning.states import preserved_state
 from pyro_lightning.structure import is_enumerated
-from pyro_lightning.text_tables import rich_table, text_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from pyro_lightning.text_tables import Printable, Printed
 
 _HEADINGS = ("site", "kind", "plates", "shape", "scale", "log p", "log q", "guide")
 
@@ -64,7 +61,7 @@ class SiteRow:
         return (self.name, self.kind, plates or "-", str(self.shape), *numbers, self.guide)
 
 
-class SiteTable(Sequence[SiteRow]):
+class SiteTable(Printable, Sequence[SiteRow]):
     r"""The sites of one run of guide and model, a row each, in the order in which they ran.
 
     Values are one draw from the guide; an enumerated latent is drawn as well, not summed out. So
@@ -109,20 +106,9 @@ class SiteTable(Sequence[SiteRow]):
     def __iter__(self) -> Iterator[SiteRow]:
         return iter(self.rows)
 
-    def __str__(self) -> str:
-        table = text_table(_HEADINGS, [row.cells() for row in self.rows])
-        return "\n".join([table, *self._problems()])
-
-    def _problems(self) -> list[str]:
+    def _printed(self) -> Printed:
         own = [f"{row.name}: {row.problem}" for row in self.rows if row.problem]
-        return [*own, *self.problems]
-
-    __repr__ = __str__
-
-    def __rich__(self) -> "Table":
-        """Render as a table of rich: ``rich.print(table)``."""
-        cells = [row.cells() for row in self.rows]
-        return rich_table(_HEADINGS, cells, "\n".join(self._problems()))
+        return Printed(_HEADINGS, [row.cells() for row in self.rows], [*own, *self.problems])
 
 
 def table_of_sites(module: Any, batch: Any) -> SiteTable:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_lightning._lightning import count_optimizer_steps
-from pyro_lightning.batches import cut_batch
 from pyro_lightning.figures import StepResult
 from pyro_lightning.fused import FusedStep
 from pyro_lightning.inputs import flatten
+from pyro_lightning.parts import Parts
 from pyro_lightning.rows import checked_rows, data_of
 from pyro_lightning.runs import Runs
 from pyro_lightning.states import kept_tensors
@@ -25,7 +24,7 @@ from pyro_lightning.step_checks import (
     refuse_lr_finder,
     warn_of_shifted,
 )
-from pyro_lightning.whole_steps import WholeSteps, has_repeats
+from pyro_lightning.whole_steps import WholeSteps
 
 
 class ManySteps(WholeSteps):
@@ -202,13 +201,13 @@ class ManySteps(WholeSteps):
             self._step(optimizer, index, self._zero)
 
     # -- whole steps, compiled -------------------------------------------------------------------
-    def _fused(self, parts: "Parts", number: int, optimizer: Optimizer) -> FusedStep | None:
+    def _fused(self, parts: Parts, number: int, optimizer: Optimizer) -> FusedStep | None:
         if self._compiled is None or not self._may_fuse() or parts.repeats(number):
             return None
         return self._compiled.step(self, parts[number], optimizer)
 
     def _take_fused(
-        self, fused: FusedStep, parts: "Parts", numbers: list[int], before: int
+        self, fused: FusedStep, parts: Parts, numbers: list[int], before: int
     ) -> list[StepResult | None]:
         losses: list[torch.Tensor] = []
         self.zero_grad()  # those of an eager step before
@@ -249,7 +248,7 @@ class ManySteps(WholeSteps):
         return taken
 
     def _inputs_of(
-        self, parts: "Parts", numbers: list[int]
+        self, parts: Parts, numbers: list[int]
     ) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], Any]]:
         """Yield rows, tensors and structure of parts, cut at once where no hook may change them."""
         rows: Any = None
@@ -291,74 +290,9 @@ class ManySteps(WholeSteps):
             "Leave compile out to see the site; a too large learning rate does this."
         )
 
-    # -- schedulers ----------------------------------------------------------------------------
-    def _step_schedulers(self, interval: str, index: int) -> None:
-        """Step the schedulers that are due after a step or an epoch, counted from 0.
-
-        Lightning leaves them to the module where optimization is manual.
-        """
-        for config in self.trainer.lr_scheduler_configs:
-            if config.interval != interval or (index + 1) % config.frequency:
-                continue
-            value = None
-            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-            if self._watched.get("reduce_on_plateau", plateau):
-                if interval == "step":
-                    continue
-                monitor = self._watched.get("monitor")
-                value = self.trainer.callback_metrics.get(str(monitor))
-                if value is None and self._watched.get("strict", True):
-                    raise ValueError(
-                        f"ReduceLROnPlateau watches '{monitor}', which is not logged. "
-                        f"Logged are: {', '.join(sorted(self.trainer.callback_metrics))}"
-                    )
-                if value is None:
-                    continue
-            self.lr_scheduler_step(config.scheduler, value)
-
+    # -- hooks -----------------------------------------------------------------------------------
     def on_train_epoch_end(self) -> None:
         """Log the epoch; step the schedulers of epochs, where optimization is manual."""
         super().on_train_epoch_end()
         if self.steps_per_batch > 1:
             self._step_schedulers("epoch", self.trainer.current_epoch)
-
-
-class Parts:
-    """The mini-batches of successive rows in a batch; the last may be smaller.
-
-    Args:
-        batch: A batch, with or without row numbers.
-        rows: Rows of the batch.
-        size: Rows of a mini-batch.
-
-    Example:
-        >>> [part["x"].tolist() for part in Parts({"x": torch.arange(5)}, rows=5, size=2)]
-        [[0, 1], [2, 3], [4]]
-    """
-
-    def __init__(self, batch: Any, rows: int, size: int) -> None:
-        self.batch, self.rows, self.size = batch, rows, size
-        self._repeats: bool | None = None
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.size)
-
-    def rows_of(self, number: int) -> int:
-        """Count the rows of a mini-batch."""
-        return min(self.size, self.rows - number * self.size)
-
-    def data_of(self, number: int) -> Any:
-        """Return a mini-batch without its row numbers."""
-        return data_of(self[number])
-
-    def repeats(self, number: int) -> bool:
-        """Whether a mini-batch holds a row twice; looked at one by one only if the batch does."""
-        if self._repeats is None:
-            self._repeats = has_repeats(self.batch)
-        return self._repeats and has_repeats(self[number])
-
-    def __getitem__(self, number: int) -> Any:
-        if number >= len(self):
-            raise IndexError(number)
-        start = number * self.size
-        return cut_batch(self.batch, self.rows, start, start + self.rows_of(number))

@@ -10,7 +10,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 
 from pyro_lightning.batch_runs import Draws, HowToRun, Ready
-from pyro_lightning.draw_runs import DRAWS, draw_of, is_statement_of_value
+from pyro_lightning.draw_runs import DRAWS, draw_of
+from pyro_lightning.given_runs import is_statement_of_value
 from pyro_lightning.handlers import is_subsample
 from pyro_lightning.masks import mask_of
 from pyro_lightning.posterior import stands_in

@@ -8,7 +8,8 @@ from torch.distributions import Independent
 
 from pyro_lightning._upstream import mask_of_distribution
 from pyro_lightning.batch_runs import Draws
-from pyro_lightning.draw_runs import event_dim_of, is_observation, value_of
+from pyro_lightning.given_runs import event_dim_of, value_of
+from pyro_lightning.predictive import observed_sites
 from pyro_lightning.prepared import prepared
 
 
@@ -33,19 +34,13 @@ def observed_targets(
     """
     found = {}
     with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
-        for name, site in ready.sites.items():
-            if name in ready.latents or not is_observation(site) or not ready.is_of_rows(site):
-                continue
+        for name, site in observed_sites(ready).items():
             place = ready.of_rows(site, value_of)
             value, seen = value_of(site).expand(place.layout.shape), entries_seen(site)
             if not bool(torch.as_tensor(seen).all()):
                 value = value if value.is_floating_point() else value.float()
                 value = torch.where(torch.as_tensor(seen, device=value.device), value, torch.nan)
             found[name] = value.movedim(place.dim, 0).clone()
-    if not found:
-        raise ValueError(
-            "nothing is observed in this batch: hand over what the model observes in its data plate"
-        )
     return found
 
 

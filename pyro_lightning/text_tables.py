@@ -1,10 +1,37 @@
 """Tables as text, and as tables of Rich."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+class Printed(NamedTuple):
+    """What is printed: a table, and lines below it."""
+
+    headings: Sequence[str]
+    cells: Iterable[Sequence[str]]
+    lines: Sequence[str]
+
+
+class Printable:
+    """Is printed as a table and lines below it, by ``print`` and by ``rich.print``."""
+
+    def _printed(self) -> Printed:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        headings, cells, lines = self._printed()
+        return "\n".join([text_table(headings, cells), *lines])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __rich__(self) -> "Table":
+        """Render as a table of rich, for ``rich.print``."""
+        headings, cells, lines = self._printed()
+        return rich_table(headings, cells, "\n".join(lines))
 
 
 def text_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,15 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from pyro_lightning.arguments import read_count
-from pyro_lightning.text_tables import rich_table, text_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from pyro_lightning.text_tables import Printable, Printed
 
 REFERENCE = (
     "Talts, Betancourt, Simpson, Vehtari and Gelman 2018, 'Validating Bayesian inference "
@@ -81,8 +77,8 @@ class RankCheck:
         return (self.name, entry, f"{self.mean:.3f}", f"{self.spread:.2f}", *tests, self.verdict)
 
 
-@dataclass(frozen=True)
-class CalibrationCheck:
+@dataclass(frozen=True, repr=False)
+class CalibrationCheck(Printable):
     """Whether the posteriors that a module finds are calibrated, over data of its own model.
 
     Attributes:
@@ -129,19 +125,9 @@ class CalibrationCheck:
             raise KeyError(f"no global latent '{name}'; there are {names}")
         return min(found, key=lambda check: check.p_value)
 
-    def _lines(self) -> list[str]:
-        return [f"The fit is {self.verdict}.", f"({REFERENCE})"]
-
-    def __str__(self) -> str:
-        table = text_table(_HEADINGS, [self[name].cells() for name in self.ranks])
-        return "\n".join([table, *self._lines()])
-
-    __repr__ = __str__
-
-    def __rich__(self) -> "Table":
-        """Render as a table of rich: ``rich.print(check)``."""
-        cells = [self[name].cells() for name in self.ranks]
-        return rich_table(_HEADINGS, cells, "\n".join(self._lines()))
+    def _printed(self) -> Printed:
+        lines = [f"The fit is {self.verdict}.", f"({REFERENCE})"]
+        return Printed(_HEADINGS, [self[name].cells() for name in self.ranks], lines)
 
 
 def check_ranks(ranks: Mapping[str, torch.Tensor], num_samples: int) -> CalibrationCheck:

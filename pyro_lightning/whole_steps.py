@@ -10,7 +10,7 @@ from pyro_lightning.closures import is_library
 from pyro_lightning.compiled import CompiledLoss, asks_for_cuda_graphs
 from pyro_lightning.figures import StepResult
 from pyro_lightning.interrupts import Interrupts
-from pyro_lightning.rows import IndexedBatch
+from pyro_lightning.parts import has_repeats
 
 # What runs between loss and update, of the module and of callbacks.
 _BETWEEN = (
@@ -100,11 +100,3 @@ class WholeSteps(Interrupts):
             self._stepped = False
         else:
             super().backward(loss, *args, **kwargs)
-
-
-def has_repeats(batch: Any) -> bool:
-    """Whether a row of parameters of its own comes twice in a batch: its gradients add up."""
-    if not isinstance(batch, IndexedBatch):
-        return False
-    rows = torch.as_tensor(batch.rows)
-    return len(torch.unique(rows)) < len(rows)

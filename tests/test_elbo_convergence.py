@@ -165,7 +165,7 @@ def test_as_many_entries_are_tracked_as_are_said():
         trainer = quiet_trainer(max_epochs=1, callbacks=[stop])
         trainer.fit(svi, datamodule=ArrayDataModule(X, batch_size=20))
     # Of 14 entries, 7 locations and 7 scales, those of 0, 4 and 9.
-    found = {name: places.tolist() for name, places in stop._places}
+    found = {name: places.tolist() for name, places in stop._tracked.places.items()}
     assert found == {
         "guide.locs.w_unconstrained": [0, 4],
         "guide.scales.w_unconstrained": [2],

@@ -197,6 +197,22 @@ def test_model_without_such_a_site_need_not_run_on_fewer_rows():
     assert loss_of(model) == pytest.approx(-SCALE * log_standard(X), rel=1e-6)
 
 
+def test_checks_that_need_fewer_rows_share_a_run():
+    # B columns in the plate, and B entries outside of it: two checks look at fewer rows.
+    lengths, other = [], torch.zeros(B)
+
+    def model(x):
+        lengths.append(len(x))
+        with pyro.plate("data", len(x), dim=-2):
+            observe(x)
+        pyro.sample("y", dist.Normal(bias(), 1.0).expand([B]).to_event(1), obs=other)
+
+    square = X.expand(B, B)
+    expected = -SCALE * log_standard(square) - log_standard(other)
+    assert loss_of(model, batch=square) == pytest.approx(expected, rel=1e-6)
+    assert lengths.count(B - 1) == 1
+
+
 def test_shorter_run_leaves_buffers_and_random_states():
     class Model(nn.Module):
         def __init__(self):

@@ -32,7 +32,7 @@ from pyro_lightning import (
     PITHistogram,
     PyroSVIModule,
 )
-from pyro_lightning.metric_feeding import Given
+from pyro_lightning.metric_inputs import Given
 
 
 class Seen(Metric):

@@ -135,6 +135,18 @@ def test_a_fit_that_seeds_its_noise_does_not_make_all_data_equal():
     assert len(set(seen)) == 5
 
 
+def test_arrays_of_a_file_are_those_in_memory(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(N, dtype=np.float32))
+    ranks = []
+    for arrays in (tmp_path / "x.npy", torch.zeros(N)):
+        torch.manual_seed(0)
+        check = simulation_based_calibration(
+            lambda: PyroSVIModule(normal_mean), arrays, {"x": 0}, closed_form(), num_simulations=5
+        )
+        ranks.append(check.ranks["mu"])
+    assert torch.equal(*ranks)
+
+
 # -- tests of ranks ------------------------------------------------------------------------------
 
 
