@@ -68,9 +68,7 @@ def test_what_a_later_batch_lacks_is_no_latent_without_guide(fields):
 
     svi = PyroSVIModule(model, dataset_size=N)
     svi.loss({"x": X, "y": X})
-    with pytest.raises(
-        ValueError, match="latent site 'y' .* has no site in the guide"
-    ):
+    with pytest.raises(ValueError, match="latent site 'y' .* has no site in the guide"):
         svi.loss(dict.fromkeys(fields, X))
 
 
