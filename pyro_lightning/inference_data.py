@@ -18,13 +18,13 @@ from pyro_lightning.predictive import (
     draws_vectorise,
     global_draws,
     log_likelihood_of,
-    observed_values,
     predictive_draws,
 )
 from pyro_lightning.prepared import local_sites
 from pyro_lightning.reruns import runs_without_data
 from pyro_lightning.retold import telling
 from pyro_lightning.rows import data_of
+from pyro_lightning.targets import observed_targets
 
 GROUPS = (
     "posterior",
@@ -101,7 +101,7 @@ def collect_groups(
         made["constant_data"] = {
             name: field
             for name, field in made["constant_data"].items()
-            if not any(_equal(field, each) for each in seen)
+            if not any(_holds(field, each) for each in seen)
         }
     if "posterior" in groups:
         made["posterior"].update({name: as_numpy(each) for name, each in posterior.items()})
@@ -145,7 +145,7 @@ class _Parts:
         if "log_likelihood" in groups:
             with telling("group 'log_likelihood'"):
                 found["log_likelihood"] = log_likelihood_of(module, batch, *shared, how=self.how)
-        seen = observed_values(module, batch, *shared) if groups.intersection(_OF_DATA) else {}
+        seen = observed_targets(module, batch, *shared) if groups.intersection(_OF_DATA) else {}
         if "observed_data" in groups:
             found["observed_data"] = seen
         if "constant_data" in groups:
@@ -174,8 +174,12 @@ def _fields_of_rows(data: Any, module: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in tensors.items() if len(value) == rows}
 
 
-def _equal(value: Array, other: Array) -> bool:
-    return value.shape == other.shape and np.allclose(value, other, equal_nan=True)
+def _holds(field: Array, observed: Array) -> bool:
+    """Whether a field is what was observed, and anything where a mask has left that out."""
+    if field.shape != observed.shape:
+        return False
+    seen = ~np.isnan(observed)
+    return bool(seen.any()) and np.allclose(field[seen], observed[seen])
 
 
 def prior_draws(module: Any, num_samples: int) -> dict[str, torch.Tensor]:

@@ -165,7 +165,9 @@ class KLAnnealing(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the weight of the last step."""
         if pl_module.kl_weight is not None:
-            pl_module.log("kl_weight", pl_module.kl_weight, on_step=False, on_epoch=True)
+            # Equal on all ranks, as Lightning cannot know.
+            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+            pl_module.log("kl_weight", pl_module.kl_weight, **options)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn of a fit that was stopped too early."""

@@ -176,7 +176,7 @@ def shapes_of(batch: Any, rows: int) -> tuple[Any, ...]:
     """Describe how the tensors of a batch broadcast over its rows.
 
     Whether there is one row alone, and of each tensor the number of dimensions, or which are of
-    size 1 where there are more than one.
+    size 1 where there are more than one; with the names of fields.
 
     Example:
         >>> shapes_of([torch.zeros(5), torch.zeros(5, 1, 3)], 5)
@@ -192,7 +192,8 @@ def _add_shapes(value: Any, found: list[Any]) -> None:
         dims = value.dim()
         found.append(dims if dims < 2 else tuple([size == 1 for size in value.shape[1:]]))
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for name, item in value.items():
+            found.append(name)
             _add_shapes(item, found)
     elif isinstance(value, tuple | list):
         for item in value:

@@ -44,7 +44,7 @@ from pyro_lightning.saved_sites import latent_shapes
 from pyro_lightning.shapes import check_broadcast, check_square
 from pyro_lightning.states import drawing_in_python, preserved_state
 from pyro_lightning.strategies import refuse_sharded
-from pyro_lightning.structure import explained_scales
+from pyro_lightning.structure import check_guide_sites, explained_scales
 
 
 class LifeCycle(Optimizers):
@@ -164,10 +164,10 @@ class LifeCycle(Optimizers):
         return callbacks_of_ranks(self.trainer)
 
     def _check_shapes(self, batch: Any) -> None:
-        """Check a batch that may broadcast otherwise than those before.
+        """Check a batch that may broadcast otherwise than those before, or lacks a field of theirs.
 
         Raises:
-            ValueError: Naming site and shapes.
+            ValueError: Naming the site.
         """
         data = data_of(batch)
         if self._checks:
@@ -175,6 +175,8 @@ class LifeCycle(Optimizers):
                 batch = self._with_rows(data)
                 in_model, in_guide = run_once(self, batch, handled)
                 plates, rows = set(self._cut_plates), in_model.batch_size
+                # What a batch lacks is a latent of the model, which the guide may not draw.
+                check_guide_sites(in_model.sites, in_guide.sites, self.elbo)
                 check_broadcast(in_model.sites, plates, self._scale_sites)
                 check_broadcast(in_guide.sites, plates)
                 if type(self).num_rows is LifeCycle.num_rows and rows > 1:

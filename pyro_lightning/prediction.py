@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -10,6 +10,8 @@ from pyro_lightning.arguments import read_choice, read_count, read_flag, read_nu
 from pyro_lightning.plates import read_names
 
 MEAN, SD = "mean", "sd"
+# No str, as which a command line would take a number.
+Statistic = Literal["mean", "sd"] | float
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Prediction:
 
     num_samples: int = 1000
     sites: str | Sequence[str] | None = None
-    summary: str | float | Sequence[str | float] | None = None
+    summary: Statistic | Sequence[Statistic] | None = None
     chunk_size: int | None = None
     parallel: bool | None = None
     local: str = "guide"
@@ -79,7 +81,7 @@ class PredictionFields(TypedDict, total=False):
 
     num_samples: int
     sites: str | Sequence[str] | None
-    summary: str | float | Sequence[str | float] | None
+    summary: Statistic | Sequence[Statistic] | None
     chunk_size: int | None
     parallel: bool | None
     local: str

@@ -12,6 +12,7 @@ from pyro_lightning.arguments import read_count, shortly
 from pyro_lightning.batch_runs import HowToRun
 from pyro_lightning.draws import read_draws
 from pyro_lightning.in_hand import InHand
+from pyro_lightning.layout import layout_of
 from pyro_lightning.loader_lists import each_loader
 from pyro_lightning.noise import derived_seed, drawn_seed, noise_from
 from pyro_lightning.prediction import Prediction, PredictionFields, read_prediction
@@ -264,7 +265,13 @@ class Predictions(Spawned):
                     "whose batches the log-likelihood is asked for"
                 )
             loader = rows_in_order(loaders[0])
-        elif isinstance(data, torch.Tensor | str | Mapping) or not hasattr(data, "__iter__"):
+        elif (
+            isinstance(data, torch.Tensor | str | Mapping)
+            or not hasattr(data, "__iter__")
+            # Its columns would be taken for batches.
+            or (isinstance(data, tuple | list) and len(data) > 1)
+            and layout_of(data) == layout_of(self._prototype)
+        ):
             raise TypeError(
                 "expected a loader or other iterable of batches, or a datamodule, got "
                 f"{shortly(data)}: of one batch make [batch]"

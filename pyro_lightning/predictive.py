@@ -148,31 +148,6 @@ def log_likelihood_of(
         return ready.read(log_prob_of, wanted, how)
 
 
-def observed_values(
-    module: Any, batch: Any, posterior: Draws, num_samples: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Return what was observed in a batch, laid out as :func:`predictive_draws` lays out a draw.
-
-    Args:
-        module: A ``PyroSVIModule`` whose guide has parameters.
-        batch: B rows with what was observed, on its device.
-        posterior: Draws of the global latents, of which the first is used.
-        num_samples: Their number, needed where there are none.
-
-    Returns:
-        ``(B, *other plates, *event)`` by observed site.
-
-    Raises:
-        ValueError: When nothing is observed.
-    """
-    with prepared(module, batch, posterior, num_samples, "guide", unobserved=False) as ready:
-        found = {}
-        for name, site in observed_sites(ready).items():
-            place = ready.of_rows(site, value_of)
-            found[name] = value_of(site).expand(place.layout.shape).movedim(place.dim, 0).clone()
-        return found
-
-
 def draws_vectorise(
     module: Any,
     batch: Any,
@@ -225,8 +200,8 @@ def _sites_to_draw(ready: Ready, asked: tuple[str, ...]) -> list[str]:
     return found
 
 
-def observed_sites(ready: Ready, wanted: str = "") -> Sites:
-    """Find the observed sites of rows; an error where there are none begins with ``wanted``."""
+def observed_sites(ready: Ready) -> Sites:
+    """Find the observed sites of rows, of which there must be one."""
     found = {
         name: site
         for name, site in ready.sites.items()
@@ -234,7 +209,6 @@ def observed_sites(ready: Ready, wanted: str = "") -> Sites:
     }
     if not found:
         raise ValueError(
-            f"{wanted}nothing is observed in this batch: hand over what the model observes in its "
-            "data plate"
+            "nothing is observed in this batch: hand over what the model observes in its data plate"
         )
     return found

@@ -17,11 +17,10 @@ class _RowStep:
     param_groups: list[dict[str, Any]]
     state: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         # torch compares what it is given with 0, and says no name where that fails.
-        bound = signature(super().__init__).bind(*args, **kwargs)
-        given = bound.arguments
-        given["params"] = _read_parameters(given["params"])
+        params = _read_parameters(params)
+        given = signature(super().__init__).bind(params, *args, **kwargs).arguments
         for name in ("lr", "eps", "weight_decay"):
             if name in given:
                 read_number(given[name], name)
@@ -33,7 +32,8 @@ class _RowStep:
             raise TypeError(f"betas must be two numbers in [0, 1), got {shortly(betas)}")
         for number, beta in enumerate(betas):
             read_fraction(beta, f"betas[{number}]")
-        super().__init__(*bound.args, **bound.kwargs)
+        # As jsonargparse reads it, to know what else a command line may give.
+        super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
 
     def step(self, closure: Any = None) -> Any:
         """Take a step; ``closure`` computes loss and gradients anew."""

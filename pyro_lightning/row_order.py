@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from pyro_lightning.rows import row_source
+from pyro_lightning.sizes import row_sampler
 
 
 def rows_in_order(loader: Any) -> Any:
@@ -23,8 +24,11 @@ def rows_in_order(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
     rows: Any = range(len(loader.dataset))  # type: ignore[arg-type]
-    if isinstance(loader.sampler, SubsetRandomSampler):
-        rows = sorted(loader.sampler.indices)
+    sampler = row_sampler(loader)  # that of a batch sampler, too, of which `sampler` tells nothing
+    if isinstance(sampler, SubsetRandomSampler):
+        rows = sorted(sampler.indices)
+    elif isinstance(sampler, list | tuple | range):
+        rows = sorted(set(sampler))
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if size is None:  # batches of the user's own, or none
         return loader

@@ -31,16 +31,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a module as validation does, in evaluation mode; then put back its modes and buffers.
 
     Lightning leaves a module in training mode after a fit, in which Dropout makes noise and
-    BatchNorm reads the other rows of a batch.
+    BatchNorm reads the other rows of a batch; and it sets the precision of ``64-true`` in steps
+    alone, without which priors draw in single precision what meets data in double.
     """
     training = [part for part in module.modules() if part.training]
-    with preserved_buffers(module):
+    with preserved_buffers(module), default_dtype(_precision_of(module)):
         module.eval()
         try:
             yield
         finally:
             for part in training:  # not all parts: users freeze some
                 part.training = True
+
+
+def _precision_of(module: nn.Module) -> torch.dtype:
+    now, made = torch.get_default_dtype(), getattr(module, "_first_dtype", None)
+    double = made == torch.float64 and any(p.dtype == made for p in module.parameters())
+    return torch.float64 if double and now == torch.float32 else now
 
 
 def forked_noise() -> Any:

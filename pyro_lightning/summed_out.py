@@ -13,6 +13,7 @@ from pyro_lightning.batch_runs import Draws, HowToRun, Ready
 from pyro_lightning.draw_runs import DRAWS, draw_of
 from pyro_lightning.given_runs import is_statement_of_value
 from pyro_lightning.handlers import is_subsample
+from pyro_lightning.masks import mask_of
 from pyro_lightning.posterior import stands_in
 
 
@@ -87,19 +88,27 @@ def _of_rows(
     sum_dims -= set(symbols.values())
     rows = [symbols[name] for name in plates if name in symbols]
     kept = [symbols.get(DRAWS, ""), *rows[:1]][-len(shape) :]
+
+    def contracted(names: Iterable[str]) -> torch.Tensor:
+        tree: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
+        for name in names:
+            frames = sites[name]["cond_indep_stack"]
+            stack = frozenset(symbols[f.name] for f in frames if f.vectorized and f.size > 1)
+            tree.setdefault(stack, []).append(terms[name])
+        whole = contract_tensor_tree(tree, sum_dims)
+        return torch.stack([_kept(term, kept, shape) for e in whole.values() for term in e]).sum(0)
+
     found = {}
     for group in _connected(terms, sum_dims):
         seen = sorted(name for name in group if name in observed)
         if not seen:  # the probabilities of a latent that nothing observes, which sum to one
             continue
-        tree: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
-        for name in sorted(group, key=lambda name: name in summed):
-            frames = sites[name]["cond_indep_stack"]
-            stack = frozenset(symbols[f.name] for f in frames if f.vectorized and f.size > 1)
-            tree.setdefault(stack, []).append(terms[name])
-        whole = contract_tensor_tree(tree, sum_dims)
-        parts = [_kept(term, kept, shape) for each in whole.values() for term in each]
-        found["+".join(seen)] = torch.stack(parts).sum(0)
+        latents = [name for name in group if name in summed]
+        likelihood = contracted([*(name for name in group if name in observed), *latents])
+        if any(torch.as_tensor(mask_of(sites[name])).logical_not().any() for name in latents):
+            # With a mask the probabilities of K values sum to K: as in a sequence past its end.
+            likelihood = likelihood - contracted(latents)
+        found["+".join(seen)] = likelihood
     return found
 
 

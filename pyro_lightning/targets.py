@@ -1,4 +1,4 @@
-"""What a batch has observed, beside which predictive draws are put."""
+"""What a batch has observed, laid out as the draws that are put beside it."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from pyro_lightning.prepared import prepared
 
 
 def observed_targets(
-    module: Any, batch: Any, posterior: Draws, num_samples: int, local: str = "guide"
+    module: Any, batch: Any, posterior: Draws, num_samples: int | None = None, local: str = "guide"
 ) -> dict[str, torch.Tensor]:
     """Return what was observed in a batch, with NaN where a mask leaves it out.
 
@@ -22,7 +22,7 @@ def observed_targets(
         module: A ``PyroSVIModule`` whose guide has parameters.
         batch: B rows with what was observed, on its device.
         posterior: Draws of the global latents, of which the first is used.
-        num_samples: Their number.
+        num_samples: Their number, needed where there are none.
         local: ``"guide"``; or ``"prior"``, to leave the guide out.
 
     Returns:
@@ -34,8 +34,7 @@ def observed_targets(
     """
     found = {}
     with prepared(module, batch, posterior, num_samples, local, unobserved=False) as ready:
-        wanted = "metrics compare draws with what is observed, and "
-        for name, site in observed_sites(ready, wanted).items():
+        for name, site in observed_sites(ready).items():
             place = ready.of_rows(site, value_of)
             value, seen = value_of(site).expand(place.layout.shape), entries_seen(site)
             if not bool(torch.as_tensor(seen).all()):

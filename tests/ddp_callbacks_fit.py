@@ -7,6 +7,7 @@ from the same command.
 import csv
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def expected(mu: float, weight: float, rows: torch.Tensor) -> float:
 
 
 def main(path: str) -> None:
+    warnings.filterwarnings("error", ".*sync_dist")  # of a figure that ranks did not share
     svi = PyroSVIModule(normal_mean, AutoDelta, optimizer=partial(torch.optim.SGD, lr=1e-3))
     seen, stop = Seen(), ELBOConvergence(window=20, r_hat=3.0, ess=1.0)
     follow = PosteriorMonitor(["mu"], every_n_steps=10, num_samples=2, figure_every=0)

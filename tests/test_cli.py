@@ -150,6 +150,13 @@ def test_a_wrong_field_of_a_prediction_is_an_error_of_jsonargparse(write, capsys
     assert "num_sample" in capsys.readouterr().err
 
 
+def test_a_quantile_is_named_on_the_command_line(write):
+    fields = {"num_samples": 7}
+    path = write(model={"class_path": "cli_models.Predicted", "init_args": {"prediction": fields}})
+    override = ["--trainer.max_epochs=1", "--model.prediction.summary", "0.95"]
+    assert main(["fit", "--config", path, *override]).model.prediction.summary == (0.95,)
+
+
 def test_print_config_shows_every_argument_of_the_module(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["fit", "--model", "pyro_lightning.PyroSVIModule", "--print_config"])

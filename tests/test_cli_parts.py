@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from support import quiet_trainer
 
-from pyro_lightning import ArrayDataModule, PyroSVIModule
+from pyro_lightning import ArrayDataModule, PyroSVIModule, RowAdam
 from pyro_lightning.cli import main
 
 # LightningCLI asks jsonargparse and torch for names that newer releases of theirs deprecate.
@@ -149,6 +149,13 @@ def test_the_command_line_alone(fit):
         )
     )
     assert_same(svi, theirs)
+
+
+def test_an_optimizer_of_rows_by_its_class_path(fit):
+    optimizer = path("RowAdam", lr=0.002, betas=[0.8, 0.9])
+    svi = fit(model=path("PyroSVIModule", model="cli_models.model", optimizer=optimizer))
+    ours = partial(RowAdam, lr=0.002, betas=(0.8, 0.9))
+    assert_same(svi, script(lambda: PyroSVIModule(model, optimizer=ours)))
 
 
 def test_the_nesting_of_plates_is_a_whole_number(fit):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from support import no_validation, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lightning import ArrayDataModule, IndexedBatch, PyroSVIModule
@@ -293,6 +294,40 @@ def test_without_arviz_the_error_says_what_to_install(monkeypatch):
         svi.to_inference_data(data, 10, container="DataTree")
     with pytest.raises(ImportError, match="needs ArviZ before 1.0"):
         svi.to_inference_data(data, 10, container="InferenceData")
+
+
+def test_what_a_mask_leaves_out_was_not_observed():
+    def model(x, y, seen):
+        w = pyro.sample("w", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Poisson((x * w).sum(-1).exp()), obs=y)
+
+    x, seen = rows()[0], torch.arange(N) % 3 > 0
+    y = torch.where(seen, torch.arange(N), 999)
+    svi = PyroSVIModule(model, AutoNormal, dataset_size=N)
+    svi.loss((x, y, seen))
+    data = ArrayDataModule({"x": x, "y": y, "seen": seen}, batch_size=15)
+    groups = ["observed_data", "constant_data", "posterior_predictive", "log_likelihood"]
+    found = svi.to_inference_data(data, 20, groups=groups)
+    expected = np.where(seen, y, np.nan)
+    np.testing.assert_array_equal(found["observed_data"]["y"], expected)
+    assert set(found["constant_data"].data_vars) == {"x", "seen"}
+    assert not found["log_likelihood"]["y"][..., ~seen.numpy()].any()
+
+
+@no_validation
+def test_a_fit_in_double_precision_draws_its_prior_in_it_after_the_fit_too():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([D]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+    data = ArrayDataModule(tuple(each.double() for each in rows()), batch_size=20)
+    svi = PyroSVIModule(model)
+    quiet_trainer(max_epochs=1, precision="64-true").fit(svi, datamodule=data)
+    found = svi.to_inference_data(data, 10)
+    assert {found[group]["w"].dtype for group in ("prior", "posterior")} == {np.dtype("float64")}
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_dimensions_of_rows_are_named_after_the_plate():

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from pyro.infer.autoguide import AutoNormal
 from support import no_validation, normal_mean, quiet_trainer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SubsetRandomSampler
 
 from pyro_lightning import ArrayDataModule, IndexedDataset, Prediction, PyroSVIModule
 from pyro_lightning.prediction import summarised
@@ -352,6 +352,28 @@ def test_log_likelihoods_of_a_datamodule_are_those_of_its_rows_in_order():
     torch.testing.assert_close(found, exact(posterior, X))
 
 
+ROWS = [7, 3, 90, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"sampler": SubsetRandomSampler(ROWS), "batch_size": 2},
+        {"sampler": ROWS, "batch_size": 2},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(ROWS), 2, drop_last=True)},
+    ],
+)
+def test_log_likelihoods_of_a_datamodule_are_of_the_rows_that_its_sampler_visits(sampling):
+    class Some(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(X, **sampling)
+
+    svi = known()
+    posterior = svi.posterior_samples(20)
+    found = svi.log_likelihood(Some(), posterior=posterior)["x"]
+    torch.testing.assert_close(found, exact(posterior, X[sorted(ROWS)]))
+
+
 def test_log_likelihoods_of_a_loader_come_in_its_order():
     svi = known()
     posterior = svi.posterior_samples(20)
@@ -385,6 +407,19 @@ def test_log_likelihoods_of_rows_of_a_fit_have_their_latents():
 def test_one_batch_in_the_place_of_several_is_refused():
     with pytest.raises(TypeError, match=r"of one batch make \[batch\]"):
         known().log_likelihood(X)
+
+
+def test_the_columns_of_one_batch_are_no_batches():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mu * x, 1.0), obs=y)
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    svi.loss((X, X))
+    with pytest.raises(TypeError, match=r"of one batch make \[batch\]"):
+        svi.log_likelihood((X, X))
+    assert svi.log_likelihood([(X, X), [X, X]], 3)["y"].shape == (3, 2 * N)
 
 
 def test_a_datamodule_of_several_training_loaders_is_refused():

@@ -12,9 +12,9 @@ from pyro_lightning.predictive import (
     draws_vectorise,
     global_draws,
     log_likelihood_of,
-    observed_values,
     predictive_draws,
 )
+from pyro_lightning.targets import observed_targets
 
 N, B, S = 100, 12, 40
 X = torch.linspace(-1, 1, B)
@@ -101,7 +101,7 @@ def test_log_likelihood_is_that_of_each_row_without_scale(fitted, parallel):
 
 def test_observed_values_are_laid_out_as_draws(fitted):
     svi, posterior = fitted
-    assert torch.equal(observed_values(svi, (X, Y), posterior)["y"], Y)
+    assert torch.equal(observed_targets(svi, (X, Y), posterior)["y"], Y)
 
 
 def matmul(x, y=None):
@@ -175,7 +175,7 @@ def test_rows_come_first_after_draws_and_other_plates_before_the_event(parallel)
     assert found.shape == (S, B, 3, 2)
     assert (found - expected).abs().max() < 6e-3  # six sd of the noise
     assert log_likelihood_of(svi, (X, y), posterior)["y"].shape == (S, B, 3)
-    assert observed_values(svi, (X, y), posterior)["y"].shape == (B, 3, 2)
+    assert observed_targets(svi, (X, y), posterior)["y"].shape == (B, 3, 2)
 
 
 def test_masked_rows_have_log_likelihood_zero():

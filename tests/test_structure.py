@@ -54,6 +54,37 @@ def two_latents(x):
     observe(mu + shift.sum(), x)
 
 
+def two_observed(x, y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("fields", [("x",), ("x", "z")])
+def test_what_a_later_batch_lacks_is_no_latent_without_guide(fields):
+    def model(x, y=None, z=None):
+        two_observed(x, y)
+
+    svi = PyroSVIModule(model, dataset_size=N)
+    svi.loss({"x": X, "y": X})
+    with pytest.raises(ValueError, match="latent site 'y' .* has no site in the guide"):
+        svi.loss(dict.fromkeys(fields, X))
+
+
+def test_what_a_later_batch_lacks_may_be_drawn_by_the_guide():
+    def guide(x, y=None):
+        point("mu")
+        if y is None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    svi = PyroSVIModule(two_observed, guide, dataset_size=N)
+    whole, part = svi.loss({"x": X, "y": X}).item(), svi.loss({"x": X}).item()
+    # q(y) is p(y | mu = 0), whose terms cancel.
+    assert whole - part == pytest.approx(-N / B * log_normal(X).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceEnum_ELBO])
 def test_global_latent_that_the_guide_lacks(elbo):
     match = ["latent site 'shift' (shape (3,), in no plate)", "pyro.sample('shift', ...)", "obs="]

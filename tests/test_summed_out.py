@@ -89,3 +89,36 @@ def test_latents_that_are_summed_out_are_drawn_from_the_prior():
     k = predictive_draws(svi, Y[:2], posterior, sites="k", parallel=True)["k"]
     found = torch.stack([(k == each).float().mean() for each in range(3)])
     assert (found - W).abs().max() < 5 * (0.25 / 6000) ** 0.5
+
+
+def of_lengths(x, lengths):
+    """Chains that end where the mask says, latents and all, as Pyro's guide to HMMs has it."""
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    turn = torch.stack([torch.stack([1 - p, p], -1), torch.stack([p, 1 - p], -1)], -2)
+    with pyro.plate("data", len(x), dim=-1):
+        z = torch.tensor(0)
+        for t in pyro.markov(range(x.shape[1])):
+            with pyro.poutine.mask(mask=t < lengths):
+                chance = turn.squeeze()[z]
+                z = pyro.sample(f"z{t}", dist.Categorical(chance), infer={"enumerate": "parallel"})
+                pyro.sample(f"x{t}", dist.Normal(LOCS[z], 1.0), obs=x[:, t])
+
+
+def test_latents_past_the_end_of_a_sequence_add_nothing_to_its_likelihood():
+    def guide(x, lengths):
+        pyro.sample("p", dist.Beta(pyro.param("a", torch.tensor(3.0)), 2.0))
+
+    x, lengths = torch.stack([X, X - 1, X + 1], 1), torch.arange(B) % 4
+    torch.manual_seed(0)
+    svi = PyroSVIModule(of_lengths, guide, TraceEnum_ELBO(max_plate_nesting=1), dataset_size=100)
+    svi.loss((x, lengths))
+    posterior = svi.posterior_samples(S)
+    found = log_likelihood_of(svi, (x, lengths), posterior)["x0+x1+x2"]
+    p = posterior["p"]
+    turn = torch.stack([torch.stack([1 - p, p], -1), torch.stack([p, 1 - p], -1)], -2)
+    for row, length in enumerate(lengths.tolist()):
+        state = torch.tensor([1.0, 0.0]).expand(S, 2)  # the forward algorithm, to its end
+        for t in range(length):
+            of_value = dist.Normal(LOCS[:2], 1.0).log_prob(x[row, t]).exp()
+            state = (state.unsqueeze(-1) * turn).sum(-2) * of_value
+        torch.testing.assert_close(found[:, row], state.sum(-1).log())
