@@ -29,7 +29,9 @@ def psislw(log_weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], flo
     if base is not None:  # takes log-likelihoods, of which the weights are the inverse
         smoothed, shape = base.array_stats.psislw(-log_weights)
     else:
-        smoothed, shape = _needed("arviz").psislw(log_weights)
+        # Its weights of candidates are 1 / sum exp(...), which is 0 where that overflows.
+        with np.errstate(over="ignore"):
+            smoothed, shape = _needed("arviz").psislw(log_weights)
     return np.asarray(smoothed), float(shape)
 
 

@@ -163,7 +163,9 @@ def _positional(function: Any, count: int) -> Iterable[str]:
 
 
 def is_of_library(value: Any) -> bool:
-    return is_library(value.__module__ or "")
+    module = value.__module__
+    # Cython's type of functions has a descriptor there, which serves the functions themselves.
+    return isinstance(module, str) and is_library(module)
 
 
 def is_library(module: str) -> bool:

@@ -226,3 +226,13 @@ def test_the_first_loss_is_that_of_the_network_as_it_was_built():
     expected = -dist.Normal(0.0, 1.0).log_prob(z) - N / B * rows
     torch.testing.assert_close(fixed.loss(BATCH), expected)
     assert torch.isfinite(svi.loss(BATCH))
+
+
+def test_a_type_whose_module_is_no_string_is_no_error():
+    # As that of functions that Cython compiled, NumPy's generators among them.
+    compiled = type("compiled", (), {"__module__": property(lambda self: "numpy.random")})()
+
+    def model(x, y):
+        observe(torch.full((len(x), 1), float(compiled is None)), y)
+
+    assert not list(PyroSVIModule(model, guide, dataset_size=N).named_parameters())

@@ -209,7 +209,7 @@ def test_batches_cut_on_a_device_are_those_of_the_arrays(rows, numbered):
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_on_the_cpu_arrays_stay_where_they_are(device, tmp_path):
     array = np.memmap(tmp_path / "y", np.int64, "w+", shape=(N,))
-    array[:] = Y
+    array[:] = Y.numpy()
     data = ArrayDataModule(array, B, device=device)
     assert torch.equal(torch.cat(watched(data)), torch.cat(watched(ArrayDataModule(Y, B))))
     assert data.train_dataloader().dataset.columns.device is None

@@ -15,6 +15,15 @@ from pyro_lightning.psis import smooth, threshold, verdict
 arviz = pytest.importorskip("arviz", reason="ArviZ, which fits the tail, is not installed")
 
 
+@pytest.fixture(params=["0.x", "1.x"])
+def _generation(request, monkeypatch):
+    if request.param == "0.x":
+        if not arviz.__version__.startswith("0."):
+            pytest.skip("this arviz is 1.x")
+        monkeypatch.setattr(apis, "_found", lambda name: None)
+
+
+@pytest.mark.usefixtures("_generation")
 @pytest.mark.parametrize("correlation", [0.2, 0.9])
 def test_khat_of_a_mean_field_guide_is_the_correlation_of_the_posterior(correlation):
     # With u ~ N(0, I) and R = [[1, rho], [rho, 1]] the weights are exp(u' (I - R) u / 2), which is
@@ -37,12 +46,8 @@ def test_khat_is_the_shape_of_a_generalised_pareto_tail(shape):
     assert smooth(torch.from_numpy(np.log(weights))).k == pytest.approx(shape, abs=0.16)
 
 
-@pytest.mark.parametrize("generation", ["0.x", "1.x"])
-def test_weights_of_a_guide_that_is_far_off_have_an_infinite_khat(generation, monkeypatch):
-    if generation == "0.x" and not arviz.__version__.startswith("0."):
-        pytest.skip("this arviz is 1.x")
-    if generation == "0.x":
-        monkeypatch.setattr(apis, "_found", lambda name: None)
+@pytest.mark.usefixtures("_generation")
+def test_weights_of_a_guide_that_is_far_off_have_an_infinite_khat():
     logs = torch.from_numpy(np.random.default_rng(0).standard_normal(1000))
     for spread in (1.0, 100.0, 300.0, 1000.0, 1e6):
         smoothed = smooth(spread * logs)
