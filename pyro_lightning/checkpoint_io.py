@@ -51,7 +51,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # In memory first, as Lightning does: torch's writer hides which error of the disk it met.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomically(buffer.getbuffer(), path)
+        # Given back at once: where an error keeps this frame, Python could not close the buffer.
+        with buffer.getbuffer() as data:
+            write_atomically(data, path)
 
     def load_checkpoint(
         self,

@@ -1,8 +1,10 @@
 """Checkpoint files are written whole or not at all, and damaged ones are refused."""
 
+import gc
 import os
 import random
 import re
+import sys
 import tempfile
 import zipfile
 from itertools import chain
@@ -120,6 +122,21 @@ def test_a_full_disk_is_a_clear_error_and_the_file_before_stays(file):
     assert "that was there before is unchanged" in str(it.value)
     assert_state(file)
     assert [each.name for each in file.parent.iterdir()] == ["last.ckpt"]
+
+
+# Python tells of it from 3.13 on.
+def test_a_failed_write_leaves_nothing_that_cannot_be_closed(file, monkeypatch):
+    left = []
+    monkeypatch.setattr(sys, "unraisablehook", left.append)
+    (file.parent / ".last.ckpt.tmp").symlink_to("/dev/full")
+    try:
+        AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, file)
+    except RuntimeError as error:
+        kept = [error]
+        kept.append(kept)  # as a program may keep it, until the garbage is collected
+        del kept, error
+    gc.collect()
+    assert not left
 
 
 def test_a_read_only_folder_is_a_clear_error():
