@@ -78,6 +78,16 @@ def logs_this_step(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def step_is_due(trainer: Trainer) -> bool:
+    """Whether the loggers get figures by the number of the step alone, alike on all ranks.
+
+    Before ``on_train_batch_end`` is over. Where the Trainer is told to stop, it logs any step.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    number = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return bool(every) and number % every == 0
+
+
 def shares_of_rows(trainer: Trainer) -> dict[str, Any] | None:
     """How rows are shared out: ``num_replicas`` and ``rank``; None where Lightning would not."""
     connector = trainer._accelerator_connector

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback
+from torch import distributed
 
-from pyro_lightning._lightning import logs_this_step
+from pyro_lightning._lightning import logs_this_step, step_is_due
 from pyro_lightning.metric_hooks import MetricHooks
 
 _REFRESH = 0.1  # seconds between two figures of the progress bar
@@ -30,6 +31,21 @@ class EpochFigures(Callback):
     Callbacks have their hook before the module has, and would find those of the last step; and a
     hook of a subclass takes the place of the module's.
     """
+
+    _begun = 0
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take note of the steps that are done."""
+        self._begun = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Share the figure of a step, before other callbacks and schedulers read it."""
+        if isinstance(pl_module, Figures) and trainer.world_size > 1:
+            pl_module._share_step(self._begun, first=batch_idx == 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the steps have added up."""
@@ -66,6 +82,7 @@ class Figures(MetricHooks):
 
     steps_per_batch: int
     _epoch: tuple[torch.Tensor, int] | None = None
+    _of_step: tuple[torch.Tensor, int] | None = None
     _shown: torch.Tensor | None = None
     _shown_at: float = 0.0
 
@@ -93,9 +110,41 @@ class Figures(MetricHooks):
         """Log a step; the only one of a batch of the loader."""
         per_obs = self._per_observation(result)
         self._add_to_epoch(per_obs, result.rows)
-        if logs_this_step(self.trainer):
+        if self.trainer.world_size > 1:
+            self._of_step = per_obs, result.rows
+        elif logs_this_step(self.trainer):
             name = "train_loss_per_obs_step"
             self.log(name, per_obs, on_step=True, on_epoch=False, batch_size=result.rows)
+
+    def _share_step(self, begun: int, first: bool) -> None:
+        """Log the mean of a step over the rows of all ranks, where it is due.
+
+        A rank's own would lead its schedulers and callbacks elsewhere than those of others, and the
+        parameters with them. A rank may have skipped the step.
+
+        Args:
+            begun: How many optimizer steps were done before the batch.
+            first: Whether the batch is the epoch's first, from which on the bar shows a figure.
+        """
+        found, self._of_step = self._of_step, None
+        due = step_is_due(self.trainer)
+        if self.steps_per_batch > 1:  # loggers are told of a step by what a rank has run
+            every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+            due = bool(every) and self.trainer.global_step // every > begun // every
+        if not (due or first):
+            return
+        per_obs, rows = found or (torch.zeros(()), 0)
+        total = float(per_obs) * rows if rows else 0.0
+        shared = torch.tensor([total, float(rows)], device=self.device)
+        distributed.all_reduce(shared)
+        if not shared[1]:
+            return
+        mean = shared[0] / shared[1]
+        once: dict[str, Any] = {"on_step": True, "on_epoch": False}
+        # The name of the epoch's figure, in another hook: of this record the loggers know nothing.
+        self.log("train_loss_per_obs", mean, prog_bar=True, logger=False, **once)
+        if due:
+            self.log("train_loss_per_obs_step", mean, batch_size=1, **once)
 
     def _log_steps(self, steps: list[StepResult | None]) -> torch.Tensor | None:
         """Log what each of several steps of a batch would have logged; returns their mean loss.
@@ -123,6 +172,9 @@ class Figures(MetricHooks):
             value, name = per_obs[place], "train_loss_per_obs_step"
             if number == due[-1]:
                 size = results[place].rows
+                if self.trainer.world_size > 1:
+                    self._of_step = value, size
+                    continue
                 self.log(name, value, on_step=True, on_epoch=False, batch_size=size)
                 continue
             metrics = {name: float(value), "epoch": self.current_epoch}
@@ -161,7 +213,7 @@ class Figures(MetricHooks):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Show the step's loss per observation on the progress bar, from the first step on."""
         now = time.monotonic()
-        if self._shown is None or now < self._shown_at + _REFRESH:
+        if self._shown is None or now < self._shown_at + _REFRESH or self.trainer.world_size > 1:
             return
         self._shown_at = now
         # The name of the epoch's figure, in another hook: of this record the loggers know nothing.

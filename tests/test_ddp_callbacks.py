@@ -35,3 +35,28 @@ def test_the_posterior_is_logged_once(found):
     followed = dict(list(found["followed"].items())[:5])
     # The point of the guide is all of its posterior.
     assert followed == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_figure_of_a_step_is_the_mean_over_the_rows_of_both(found):
+    case = found["of a step"]
+    for figures in case["figures"]:
+        for step, expected in zip(figures, case["expected"], strict=True):
+            assert step[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_scheduler_of_steps_leads_both_to_the_same_rates_and_parameters(found):
+    case = found["of a step"]
+    for each in ("rates", "points"):
+        first, second = case[each]
+        assert first == second
+    assert len(set(case["rates"][0])) > 2  # it has been lowered by what it watches
+
+
+def test_the_figure_of_the_last_of_several_steps_is_equal_on_both(found):
+    first, second = found["of two"]["figures"]
+    assert first == second
+
+
+def test_the_bar_shows_the_figure_of_a_step_of_both(found):
+    for figures in found["of a step"]["figures"]:
+        assert all(step == bar for step, bar in figures)
