@@ -31,6 +31,7 @@ class Optimizers(FitSizes):
         """Call ``optimizer`` with all parameters, and ``lr_scheduler`` with the optimizer.
 
         A ``ReduceLROnPlateau`` watches ``train_loss``; return Lightning's dict to say otherwise.
+        With ``steps_per_batch`` it cannot have ``interval="step"``.
         """
         if not self._initialised:
             raise RuntimeError(
@@ -65,6 +66,14 @@ class Optimizers(FitSizes):
             scheduler = {"scheduler": scheduler, "monitor": "train_loss"}
         if self.steps_per_batch > 1 and isinstance(scheduler, Mapping):
             self._watched = {key: scheduler[key] for key in _OURS if key in scheduler}
+            watches = isinstance(scheduler.get("scheduler"), ReduceLROnPlateau)
+            of_steps = scheduler.get("interval", "epoch") == "step"
+            if of_steps and self._watched.get("reduce_on_plateau", watches):
+                raise ValueError(
+                    "a scheduler that watches a figure, with interval='step' and steps_per_batch="
+                    f"{self.steps_per_batch}: not every step has a figure to watch. Leave interval "
+                    "out, so that it watches that of the epoch, or leave steps_per_batch out."
+                )
             scheduler = {key: item for key, item in scheduler.items() if key not in _OURS}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -79,7 +88,7 @@ class Optimizers(FitSizes):
             value = None
             plateau = isinstance(config.scheduler, ReduceLROnPlateau)
             if self._watched.get("reduce_on_plateau", plateau):
-                if interval == "step":
+                if interval == "step":  # of a configure_optimizers of the user's own
                     continue
                 monitor = self._watched.get("monitor")
                 value = self.trainer.callback_metrics.get(str(monitor))

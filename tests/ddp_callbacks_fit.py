@@ -62,9 +62,10 @@ def of_steps(steps: int = 1) -> dict:
         watched = {"monitor": "train_loss_per_obs_step", "interval": "step", "strict": False}
         return {"scheduler": schedule, **watched}
 
+    scheduler = plateau if steps == 1 else None
     sgd = partial(torch.optim.SGD, lr=1e-3)
     svi = PyroSVIModule(
-        normal_mean, AutoDelta, optimizer=sgd, lr_scheduler=plateau, steps_per_batch=steps
+        normal_mean, AutoDelta, optimizer=sgd, lr_scheduler=scheduler, steps_per_batch=steps
     )
     watched = Watched()
     trainer = Trainer(

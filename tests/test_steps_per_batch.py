@@ -89,6 +89,15 @@ def test_max_steps_counts_optimizer_steps_and_cuts_a_batch(most):
     assert_same_fit(found, expected, **EXACTLY)
 
 
+def test_a_scheduler_that_watches_the_figures_of_steps_is_refused():
+    def plateau(optimizer):
+        watched = {"monitor": "train_loss_per_obs_step", "interval": "step"}
+        return {"scheduler": lr_scheduler.ReduceLROnPlateau(optimizer), **watched}
+
+    with pytest.raises(ValueError, match="steps_per_batch=3: not every step has a figure"):
+        fit(3, lr_scheduler=plateau)
+
+
 def test_a_scheduler_that_watches_what_is_not_logged_is_refused():
     def plateau(optimizer):
         return {"scheduler": lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "nothing"}
