@@ -197,6 +197,21 @@ def test_n_goes_on_after_a_checkpoint(tmp_path):
     assert sizes == [N - B]
 
 
+@pytest.mark.parametrize("stated", [{}, {"dataset_size": N}])
+def test_a_module_from_a_checkpoint_has_the_n_that_counts(tmp_path, stated):
+    svi, trainer = fit(rows(12), guide=AutoDelta, **stated)
+    path, val = tmp_path / "end.ckpt", in_order(rows(count=16))
+    trainer.save_checkpoint(path)
+    loaded = PyroSVIModule.load_from_checkpoint(path, model=normal_mean, guide=AutoDelta, **stated)
+    assert loaded.dataset_size == svi.dataset_size == N - B
+    losses = []
+    fresh = PyroSVIModule(normal_mean, AutoDelta, **stated)
+    for module, from_file in ((svi, None), (loaded, None), (fresh, path)):
+        found = quiet_trainer().validate(module, val, ckpt_path=from_file, verbose=False)
+        losses.append(found[0]["val_loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
 @pytest.mark.parametrize("of", ["plate", "scale_sites", "columns", "particles"])
 def test_a_model_that_states_n_itself_has_the_n_that_counts(of):
     columns = pyro.plate("columns", 1, dim=-1)
