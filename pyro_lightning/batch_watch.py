@@ -67,9 +67,12 @@ class BatchWatch(Callback):
         """
         if not _is_served(pl_module) or not pl_module._skips:
             return
-        counts = self._close(trainer, pl_module, "training", "train")
+        # One that a number of steps cuts short knows less than the epoch before it.
+        whole = trainer.is_last_batch or trainer.current_epoch == 0
+        counts = self._close(trainer, pl_module, "training", "train", whole)
         before = pl_module.dataset_size
-        pl_module._unusable = counts.share()
+        if whole:
+            pl_module._unusable = counts.share()
         if counts.batches:
             n = pl_module._whole_size()
             warn(
@@ -95,7 +98,9 @@ class BatchWatch(Callback):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _close(self, trainer: Any, pl_module: Any, stage: str, short: str) -> Skipped:
+    def _close(
+        self, trainer: Any, pl_module: Any, stage: str, short: str, whole: bool = True
+    ) -> Skipped:
         """Add up what all ranks have counted, and log it."""
         counts: Skipped = pl_module._passes[stage]
         names = ("seen", "batches", "rows", "unusable")
@@ -108,7 +113,7 @@ class BatchWatch(Callback):
         for name in ("batches", "rows"):
             value = torch.tensor(float(getattr(counts, name)), device=pl_module.device)
             pl_module.log(f"{short}_skipped_{name}", value, sync_dist=True, batch_size=1)
-        if counts.batches and counts.rows >= counts.seen:
+        if whole and counts.batches and counts.rows >= counts.seen:
             raise ValueError(
                 f"all {counts.batches} batches of this {stage} epoch were skipped, so that there "
                 f"is nothing to go on with. {counts.first}"

@@ -197,6 +197,23 @@ def test_n_goes_on_after_a_checkpoint(tmp_path):
     assert sizes == [N - B]
 
 
+@pytest.mark.parametrize("steps", [6, 8])
+def test_an_epoch_that_is_cut_short_does_not_count_anew(steps):
+    svi, trainer = fit(rows(0), trainer={"max_steps": steps, "max_epochs": -1})
+    assert (trainer.global_step, svi.dataset_size) == (steps, N - B)
+
+
+def test_lbfgs_leaves_a_batch_out():
+    newton = partial(torch.optim.LBFGS, max_iter=20, line_search_fn="strong_wolfe")
+    x = rows(0)
+    x[2 * B :] = NAN  # one batch is left, whose optimum is known
+    svi, _ = fit(x, guide=AutoDelta, optimizer=newton, trainer={"max_epochs": 1})
+    mu = svi.posterior_samples(1)["mu"].item()
+    # The first has taught that 1 of 5 is bad, so that the second stands for 32 rows.
+    second = x[B : 2 * B].mean().item()
+    assert mu == pytest.approx(32 * second / (100 + 32), rel=1e-4)
+
+
 @pytest.mark.parametrize("stated", [{}, {"dataset_size": N}])
 def test_a_module_from_a_checkpoint_has_the_n_that_counts(tmp_path, stated):
     svi, trainer = fit(rows(12), guide=AutoDelta, **stated)
