@@ -33,6 +33,8 @@ class BatchWatch(Callback):
             pl_module._unusable = self._restored["unusable"]
             vars(pl_module._passes["training"]).update(self._restored["counts"])
             self._restored = None
+        if not pl_module._skips:  # every row trains from here on, or the fit ends
+            pl_module._unusable = 0.0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count; watch a loader that was made anew."""

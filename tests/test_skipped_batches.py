@@ -214,6 +214,20 @@ def test_lbfgs_leaves_a_batch_out():
     assert mu == pytest.approx(32 * second / (100 + 32), rel=1e-4)
 
 
+def test_a_fit_that_goes_on_without_skipping_counts_all_rows(tmp_path):
+    path = tmp_path / "end.ckpt"
+    _, trainer = fit(rows(12))
+    trainer.save_checkpoint(path)
+    svi, sizes = PyroSVIModule(normal_mean), []
+
+    class Sizes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            sizes.append(pl_module.dataset_size)
+
+    quiet_trainer(max_epochs=4, callbacks=[Sizes()]).fit(svi, in_order(rows()), ckpt_path=path)
+    assert sizes == [N] * 5
+
+
 @pytest.mark.parametrize("stated", [{}, {"dataset_size": N}])
 def test_a_module_from_a_checkpoint_has_the_n_that_counts(tmp_path, stated):
     svi, trainer = fit(rows(12), guide=AutoDelta, **stated)
