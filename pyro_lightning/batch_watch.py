@@ -70,7 +70,7 @@ class BatchWatch(Callback):
         if not _is_served(pl_module) or not pl_module._skips:
             return
         # One that a number of steps cuts short knows less than the epoch before it.
-        whole = trainer.is_last_batch or trainer.current_epoch == 0
+        whole = trainer.current_epoch == 0 or _is_through(trainer, pl_module)
         counts = self._close(trainer, pl_module, "training", "train", whole)
         before = pl_module.dataset_size
         if whole:
@@ -142,6 +142,15 @@ class BatchWatch(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Read what was counted."""
         self._restored = checkpoint.get("pyro_lightning_skipped")
+
+
+def _is_through(trainer: Any, pl_module: Any) -> bool:
+    """Whether a loader of any process is at its end, as all processes must agree."""
+    if trainer.world_size == 1:
+        return bool(trainer.is_last_batch)
+    through = torch.tensor(float(trainer.is_last_batch), device=pl_module.device)
+    distributed.all_reduce(through, op=distributed.ReduceOp.MAX)
+    return bool(through)
 
 
 def _is_served(module: Any) -> bool:
