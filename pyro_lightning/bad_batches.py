@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from pyro_lightning._lightning import loaders_of
 from pyro_lightning.arguments import read_choice
@@ -258,9 +258,11 @@ class BadBatches(LoggedSteps):
     def _without_step(self) -> torch.Tensor | None:
         """Return what a training step returns that takes none.
 
-        Other processes wait for this one's gradients, which are zero.
+        Other processes wait for this one's gradients, which are zero. ``LBFGS`` needs a loss, and
+        moves nothing where the gradient is zero.
         """
-        return None if self.trainer.world_size == 1 else self._zero()
+        waits = any(isinstance(each, LBFGS) for each in self.trainer.optimizers)
+        return self._zero() if waits or self.trainer.world_size > 1 else None
 
     def _zero(self) -> torch.Tensor:
         """Return a loss of which all parameters have a gradient of zero, but those of rows none."""

@@ -33,6 +33,8 @@ class BatchWatch(Callback):
             pl_module._unusable = self._restored["unusable"]
             vars(pl_module._passes["training"]).update(self._restored["counts"])
             self._restored = None
+        if not pl_module._skips:  # every row trains from here on, or the fit ends
+            pl_module._unusable = 0.0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count; watch a loader that was made anew."""
@@ -67,9 +69,12 @@ class BatchWatch(Callback):
         """
         if not _is_served(pl_module) or not pl_module._skips:
             return
-        counts = self._close(trainer, pl_module, "training", "train")
+        # One that a number of steps cuts short knows less than the epoch before it.
+        whole = trainer.current_epoch == 0 or _is_through(trainer, pl_module)
+        counts = self._close(trainer, pl_module, "training", "train", whole)
         before = pl_module.dataset_size
-        pl_module._unusable = counts.share()
+        if whole:
+            pl_module._unusable = counts.share()
         if counts.batches:
             n = pl_module._whole_size()
             warn(
@@ -95,7 +100,9 @@ class BatchWatch(Callback):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _close(self, trainer: Any, pl_module: Any, stage: str, short: str) -> Skipped:
+    def _close(
+        self, trainer: Any, pl_module: Any, stage: str, short: str, whole: bool = True
+    ) -> Skipped:
         """Add up what all ranks have counted, and log it."""
         counts: Skipped = pl_module._passes[stage]
         names = ("seen", "batches", "rows", "unusable")
@@ -108,7 +115,7 @@ class BatchWatch(Callback):
         for name in ("batches", "rows"):
             value = torch.tensor(float(getattr(counts, name)), device=pl_module.device)
             pl_module.log(f"{short}_skipped_{name}", value, sync_dist=True, batch_size=1)
-        if counts.batches and counts.rows >= counts.seen:
+        if whole and counts.batches and counts.rows >= counts.seen:
             raise ValueError(
                 f"all {counts.batches} batches of this {stage} epoch were skipped, so that there "
                 f"is nothing to go on with. {counts.first}"
@@ -135,6 +142,15 @@ class BatchWatch(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Read what was counted."""
         self._restored = checkpoint.get("pyro_lightning_skipped")
+
+
+def _is_through(trainer: Any, pl_module: Any) -> bool:
+    """Whether a loader of any process is at its end, as all processes must agree."""
+    if trainer.world_size == 1:
+        return bool(trainer.is_last_batch)
+    through = torch.tensor(float(trainer.is_last_batch), device=pl_module.device)
+    distributed.all_reduce(through, op=distributed.ReduceOp.MAX)
+    return bool(through)
 
 
 def _is_served(module: Any) -> bool:

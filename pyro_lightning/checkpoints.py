@@ -39,6 +39,7 @@ class Checkpoints(StateDicts):
     """Stores what rebuilds a guide, and refuses checkpoints of something else."""
 
     _save_example: bool = True
+    _unusable: float
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -80,6 +81,7 @@ class Checkpoints(StateDicts):
         return {
             "version": VERSION,
             "dataset_size": self._dataset_size,
+            "unusable": self._unusable,
             "plates": self._row_plates(),
             "columns": {name: self._data_plates[name] for name in self._columns},
             "identities": self._count_rows() if by_row else None,
@@ -202,6 +204,7 @@ class Checkpoints(StateDicts):
         self._stored = stored
         if self._given_size is None and stored["dataset_size"] is not None:
             self._dataset_size = stored["dataset_size"]
+        self._unusable = stored.get("unusable", 0.0)  # older ones have none
         if stored["trained"] is not None:
             self._trained = stored["trained"].cpu().clone()
         if stored["identities"] is not None:

@@ -10,6 +10,7 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import nn
 
+from pyro_lightning.detached_copies import DetachedCopies
 from pyro_lightning.devices import DeviceMessenger
 from pyro_lightning.guides import BackReferences, make_guide, move_prototypes_
 from pyro_lightning.networks import Networks
@@ -153,7 +154,8 @@ class ModelOwner(PyroModule):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         state: Any = self.__getstate__()
-        copied.__dict__.update(deepcopy({**state, "_back_references": None}, memo))
+        with DetachedCopies():
+            copied.__dict__.update(deepcopy({**state, "_back_references": None}, memo))
         if self._back_references is not None:
             self._back_references.restore()
             self._back_references.rebind(memo)

@@ -164,9 +164,12 @@ def adam_rows_(
     if group["amsgrad"]:
         square = torch.maximum(state["max_exp_avg_sq"][at], square)
         state["max_exp_avg_sq"][at] = square
-    count = step.to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
-    denominator = (square / (1 - beta2**count)).sqrt() + group["eps"]
-    parameter[at] = value - lr * (mean / (1 - beta1**count)) / denominator
+    # In half precision 0.999 is 1, and 1 - 0.999**t would be 0.
+    exact = step.to(torch.promote_types(g.dtype, torch.float32))
+    count = exact.reshape(-1, *[1] * (g.dim() - 1))
+    of_mean, of_square = ((1 - beta**count).to(g.dtype) for beta in (beta1, beta2))
+    denominator = (square / of_square).sqrt() + group["eps"]
+    parameter[at] = value - lr * (mean / of_mean) / denominator
 
 
 def rowwise(optimizer: Optimizer, tables: Collection[torch.Tensor]) -> Optimizer:

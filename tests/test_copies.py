@@ -9,7 +9,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from support import quiet_trainer
 from torch import nn
 
@@ -247,3 +253,28 @@ def test_a_copied_module_can_be_copied_again():
     fit(first)
     third = copy.deepcopy(copy.deepcopy(first))
     check_apart(third, first)
+
+
+def test_a_flow_that_remembers_its_last_call_is_copied():
+    svi = from_functions(partial(AutoIAFNormal, hidden_dim=[4]))
+    fit(svi)
+    copied = copy.deepcopy(svi)
+    assert torch.equal(seeded_loss(copied), seeded_loss(svi))
+    for each in (svi, copied):
+        torch.manual_seed(1)
+        fit(each)
+    assert values(svi).keys() == values(copied).keys()
+    assert all(torch.equal(each, values(copied)[name]) for name, each in values(svi).items())
+
+
+def test_what_a_network_of_the_users_keeps_of_its_last_run_is_copied():
+    class Keeping(nn.Linear):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    net = Keeping(1, 1)
+    svi = from_network(lambda x: net(x))
+    svi.loss(X)
+    assert not net.last.is_leaf
+    check_apart(copy.deepcopy(svi), svi)

@@ -108,6 +108,27 @@ def test_decoupled_weight_decay_of_adam():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_in_half_precision_move_as_those_of_torch(kind):
+    table = nn.Parameter(torch.full((N,), 0.5, dtype=torch.bfloat16))
+    alone = nn.Parameter(table.detach().clone())
+    ours, theirs = (
+        make([of], lr=0.1) for make, of in zip(KINDS[kind], (table, alone), strict=True)
+    )
+    weights = torch.arange(float(N), dtype=torch.bfloat16)  # the first has a gradient of 0
+    for _ in range(5):
+        for optimizer, loss in (
+            (ours, (gather_rows(table, torch.arange(N)) * weights).sum()),
+            (theirs, (alone * weights).sum()),
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not torch.equal(alone[1:], torch.full_like(alone[1:], 0.5))
+    # A step of 0.1 is rounded to 2**-8 of itself, in either order of operations.
+    torch.testing.assert_close(table, alone, rtol=0, atol=5 * 0.1 * 2**-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_that_is_twice_in_a_batch_has_the_sum_of_its_gradients(kind):
     ours, theirs = (partial(make, lr=0.1) for make in KINDS[kind])
     table, batches = nn.Parameter(normal(N)), [[1, 4, 1, 1], [4, 1], [4, 4]]

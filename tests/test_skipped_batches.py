@@ -197,6 +197,52 @@ def test_n_goes_on_after_a_checkpoint(tmp_path):
     assert sizes == [N - B]
 
 
+@pytest.mark.parametrize("steps", [6, 8])
+def test_an_epoch_that_is_cut_short_does_not_count_anew(steps):
+    svi, trainer = fit(rows(0), trainer={"max_steps": steps, "max_epochs": -1})
+    assert (trainer.global_step, svi.dataset_size) == (steps, N - B)
+
+
+def test_lbfgs_leaves_a_batch_out():
+    newton = partial(torch.optim.LBFGS, max_iter=20, line_search_fn="strong_wolfe")
+    x = rows(0)
+    x[2 * B :] = NAN  # one batch is left, whose optimum is known
+    svi, _ = fit(x, guide=AutoDelta, optimizer=newton, trainer={"max_epochs": 1})
+    mu = svi.posterior_samples(1)["mu"].item()
+    # The first has taught that 1 of 5 is bad, so that the second stands for 32 rows.
+    second = x[B : 2 * B].mean().item()
+    assert mu == pytest.approx(32 * second / (100 + 32), rel=1e-4)
+
+
+def test_a_fit_that_goes_on_without_skipping_counts_all_rows(tmp_path):
+    path = tmp_path / "end.ckpt"
+    _, trainer = fit(rows(12))
+    trainer.save_checkpoint(path)
+    svi, sizes = PyroSVIModule(normal_mean), []
+
+    class Sizes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            sizes.append(pl_module.dataset_size)
+
+    quiet_trainer(max_epochs=4, callbacks=[Sizes()]).fit(svi, in_order(rows()), ckpt_path=path)
+    assert sizes == [N] * 5
+
+
+@pytest.mark.parametrize("stated", [{}, {"dataset_size": N}])
+def test_a_module_from_a_checkpoint_has_the_n_that_counts(tmp_path, stated):
+    svi, trainer = fit(rows(12), guide=AutoDelta, **stated)
+    path, val = tmp_path / "end.ckpt", in_order(rows(count=16))
+    trainer.save_checkpoint(path)
+    loaded = PyroSVIModule.load_from_checkpoint(path, model=normal_mean, guide=AutoDelta, **stated)
+    assert loaded.dataset_size == svi.dataset_size == N - B
+    losses = []
+    fresh = PyroSVIModule(normal_mean, AutoDelta, **stated)
+    for module, from_file in ((svi, None), (loaded, None), (fresh, path)):
+        found = quiet_trainer().validate(module, val, ckpt_path=from_file, verbose=False)
+        losses.append(found[0]["val_loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
 @pytest.mark.parametrize("of", ["plate", "scale_sites", "columns", "particles"])
 def test_a_model_that_states_n_itself_has_the_n_that_counts(of):
     columns = pyro.plate("columns", 1, dim=-1)
