@@ -204,7 +204,7 @@ class Checkpoints(StateDicts):
         self._stored = stored
         if self._given_size is None and stored["dataset_size"] is not None:
             self._dataset_size = stored["dataset_size"]
-        self._unusable = stored.get("unusable", 0.0)  # older ones have none
+        self._unusable = stored["unusable"]
         if stored["trained"] is not None:
             self._trained = stored["trained"].cpu().clone()
         if stored["identities"] is not None:

@@ -14,6 +14,7 @@ KEY, VERSION = "pyro_lightning", 2
 # What each version has; a key that a checkpoint lacks has this value.
 _ABSENT: dict[str, Any] = {
     "dataset_size": None,
+    "unusable": 0.0,
     "plates": None,
     "columns": {},
     "identities": None,
