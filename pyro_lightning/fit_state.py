@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pyro_lightning import _lightning
+from pyro_lightning import _lightning_resuming
 from pyro_lightning.signals import HeldSignals
 
 
@@ -24,7 +24,7 @@ class FitState:
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
-        self.progress: _lightning.Progress | None = None
+        self.progress: _lightning_resuming.Progress | None = None
         self.replaced: list[Any] | None = None
         self.epoch_began: dict[str, Any] | None = None
         self.before_step: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 
-from pyro_lightning import _lightning
+from pyro_lightning import _lightning, _lightning_resuming
 from pyro_lightning.random_states import set_generator_states, set_random_states
 from pyro_lightning.rank_zero import warn
 from pyro_lightning.rest_of_epoch import draws_rows, generators_of, rest_of, seeds_of, set_seeds
@@ -31,7 +31,7 @@ class Resume(SavedFits):
         if not _lightning.resumes_fit(self) or "loops" not in checkpoint:
             return
         state = self._fit_state
-        state.progress = _lightning.settle_progress(checkpoint["loops"]["fit_loop"])
+        state.progress = _lightning_resuming.settle_progress(checkpoint["loops"]["fit_loop"])
         state.loaded = checkpoint.get(RESUME_KEY)
         if state.loaded is None:
             warn(
@@ -89,13 +89,13 @@ class Resume(SavedFits):
         if loaded is not None:
             rank = self._restore(loaded, progress)
         if progress.batches is None:
-            _lightning.begin_epoch(trainer)
+            _lightning_resuming.begin_epoch(trainer)
             if progress.in_epoch_end:
-                _lightning.step_plateau_schedulers(trainer, trainer.current_epoch - 1)
+                _lightning_resuming.step_plateau_schedulers(trainer, trainer.current_epoch - 1)
         else:
             self._go_on_in_epoch(progress.batches, rank)
             in_validation = loaded is not None and loaded["in_validation"]
-            _lightning.go_on(
+            _lightning_resuming.go_on(
                 trainer,
                 validated=not (in_validation or progress.in_batch_end),
                 batch_over=loaded is not None and loaded["batch_over"],
@@ -107,7 +107,9 @@ class Resume(SavedFits):
             self._put_back(rank["now"])
         self._fit_state.loaded = self._fit_state.progress = None
 
-    def _restore(self, loaded: dict[str, Any], progress: _lightning.Progress) -> dict[str, Any]:
+    def _restore(
+        self, loaded: dict[str, Any], progress: _lightning_resuming.Progress
+    ) -> dict[str, Any]:
         """Put back what is no random state; returns what was this process's own."""
         trainer = self.trainer
         count = loaded["num_training_batches"]
@@ -119,7 +121,7 @@ class Resume(SavedFits):
             )
         trainer.callback_metrics.update(loaded["metrics"])
         if loaded.get("loaders_of_epoch") is not None:
-            _lightning.set_loaded_in_epoch(trainer, loaded["loaders_of_epoch"])
+            _lightning_resuming.set_loaded_in_epoch(trainer, loaded["loaders_of_epoch"])
         if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.accumulate_grad_batches = loaded["accumulate_grad_batches"]
         if trainer.global_rank >= len(loaded["ranks"]):
@@ -149,12 +151,12 @@ class Resume(SavedFits):
         if began is not None:
             self._put_back(began)
         rests = [rest_of(loader, self._done_of(loader, batches)) for loader in loaders]
-        _lightning.put_loaders(trainer, [loader for loader, _ in rests])
+        _lightning_resuming.put_loaders(trainer, [loader for loader, _ in rests])
         self._fit_state.replaced = loaders
-        _lightning.iterate(trainer, batches)
+        _lightning_resuming.iterate(trainer, batches)
         for number, (_, rest) in enumerate(rests):
             if batches and not rest.skip():  # a loader whose __iter__ is a generator
-                _lightning.take_first(trainer, number)
+                _lightning_resuming.take_first(trainer, number)
 
     def _stop(self, in_epoch: bool) -> None:
         """Stop as the fit that was saved was about to, by a callback's decision."""
@@ -162,18 +164,18 @@ class Resume(SavedFits):
             "The checkpoint is of a fit that was about to stop, and stops here, too. To train on, "
             "say for how long: Trainer(min_epochs=...)."
         )
-        self._fit_state.stops = in_epoch and _lightning.stop_after_epoch(self.trainer)
+        self._fit_state.stops = in_epoch and _lightning_resuming.stop_after_epoch(self.trainer)
         self.trainer.should_stop = not self._fit_state.stops
 
     def _give_back_loaders(self) -> None:
         if self._fit_state.replaced is not None:
-            _lightning.put_loaders(self.trainer, self._fit_state.replaced)
+            _lightning_resuming.put_loaders(self.trainer, self._fit_state.replaced)
             self._fit_state.replaced = None
 
     def _done_of(self, loader: Any, batches: int) -> int:
         """Count the batches of a loader that were taken since it last began."""
         length = len(loader) if hasattr(loader, "__len__") and draws_rows(loader) else batches
-        if batches > length and _lightning.cycles(self.trainer):
+        if batches > length and _lightning_resuming.cycles(self.trainer):
             warn(
                 "a loader that is shorter than the epoch has begun again in the epoch that goes "
                 "on: its rows now come in another order than they would have.",
@@ -195,7 +197,7 @@ class Resume(SavedFits):
     def on_train_epoch_end(self) -> None:
         """Log the epoch; one that goes on ends as any other."""
         super().on_train_epoch_end()
-        _lightning.end_restart(self.trainer)
+        _lightning_resuming.end_restart(self.trainer)
         self.trainer.should_stop |= self._fit_state.stops
 
 

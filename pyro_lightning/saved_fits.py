@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pyro_lightning import _lightning
+from pyro_lightning import _lightning, _lightning_resuming
 from pyro_lightning.baselines import DecayingBaselines
 from pyro_lightning.figures import Figures
 from pyro_lightning.fit_state import FitState
@@ -91,7 +91,7 @@ class SavedFits(Figures):
             "metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "loaders_of_epoch": _lightning.loaded_in_epoch(trainer),
+            "loaders_of_epoch": _lightning_resuming.loaded_in_epoch(trainer),
             "ranks": everyones(rank),
         }
 
@@ -115,8 +115,8 @@ class SavedFits(Figures):
         self._fit_state.epoch_began = self._snapshot()
         # Lightning has drawn those of the first epoch already, when nobody was asked.
         loaders = _lightning.loaders_of(self.trainer, "training")
-        if all(map(draws_rows, loaders)) and not _lightning.makes_iterator(self.trainer):
-            _lightning.iterate(self.trainer)
+        if all(map(draws_rows, loaders)) and not _lightning_resuming.makes_iterator(self.trainer):
+            _lightning_resuming.iterate(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Remember the random states before a step."""
